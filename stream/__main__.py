@@ -1,0 +1,5 @@
+"""`python -m stream …` is `tldr-stream …`."""
+
+from stream.cli import main
+
+main()

@@ -1,0 +1,43 @@
+"""murmur2 as Kafka's Java client partitions with it, for many keys at once.
+
+librdkafka can produce with it (`partitioner=murmur2_random`) but does not say where a key belongs; a worker asks that of
+every record, so this works on a whole batch: one pass of numpy over the keys for every four bytes of the longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+# org.apache.kafka.common.utils.Utils.murmur2
+SEED = np.uint32(0x9747B28C)
+M = np.uint32(0x5BD1E995)
+
+
+def partitions_of(keys: Sequence[bytes], partition_count: int) -> NDArray[np.int64]:
+    """The partition of each key, (n,) int64 in [0, partition_count): positive murmur2 modulo the count."""
+    return (_murmur2(keys) & np.uint32(0x7FFFFFFF)).astype(np.int64) % partition_count
+
+
+def _murmur2(keys: Sequence[bytes]) -> NDArray[np.uint32]:
+    count = len(keys)
+    lengths = np.fromiter((len(key) for key in keys), np.int64, count)
+    width = (int(lengths.max(initial=0)) + 4) // 4 * 4
+    padded = np.frombuffer(b"".join(key.ljust(width, b"\0") for key in keys), np.uint8).reshape(count, width)
+    words = padded.view("<u4")
+    whole = lengths // 4
+    with np.errstate(over="ignore"):
+        h = SEED ^ lengths.astype(np.uint32)
+        for i in range(int(whole.max(initial=0))):
+            k = words[:, i] * M
+            k ^= k >> np.uint32(24)
+            mixed = (h * M) ^ (k * M)
+            h = np.where(i < whole, mixed, h)
+        tail = words[np.arange(count), whole]  # padded with zeros, so its upper bytes add nothing
+        h = np.where(lengths % 4 > 0, (h ^ tail) * M, h)
+        h ^= h >> np.uint32(13)
+        h *= M
+        h ^= h >> np.uint32(15)
+    return h
