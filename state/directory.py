@@ -53,8 +53,8 @@ def refuse_network_file_system(path: Path, mountinfo: Path = Path("/proc/self/mo
     kind = file_system_of(path.resolve(), table)
     if kind in NETWORK_FILE_SYSTEMS:
         raise UnsuitableFileSystem(
-            f"the state directory {path} lies on a network file system ({kind}), where the store's locks and memory map "
-            "do not hold; choose a local disk with --state-dir: what is lost with it is rebuilt from the changelog"
+            f"the state directory {path} is on a network file system ({kind}), where the store's locks and memory map "
+            "do not hold; choose a local disk with --state-dir (the store is rebuilt from the changelog)"
         )
 
 
