@@ -227,7 +227,7 @@ def _fingerprint(fs: fsspec.AbstractFileSystem, path: str, size: int) -> str:
         return hashlib.sha256(b"%d " % size + head + file.read()).hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------------- tar
+# -- tar
 
 
 def _read_tar(
@@ -286,7 +286,7 @@ def _rows_by_key(fs: fsspec.AbstractFileSystem, sidecar: str) -> dict[str, Entry
     return {str(row.get("key")): row for row in rows}
 
 
-# ------------------------------------------------------------------------------------------------------------- folder
+# -- folder
 
 
 def _folder_shard(
@@ -328,7 +328,7 @@ def _extension(file: str) -> str:
     return posixpath.splitext(file)[1][1:].lower()
 
 
-# ------------------------------------------------------------------------------------------------------------ Parquet
+# -- Parquet
 
 
 def _read_parquet(
@@ -353,7 +353,7 @@ def _read_parquet(
                 shard.bytes_read = shard.bytes_total * row // rows
 
 
-# ------------------------------------------------------------------------------------------------- an entry as a pair
+# -- an entry as a pair
 
 
 def _entry(place: str, members: Entry | _NotAPair, naming: Mapping[str, str]) -> SourcePair | BadEntry:
