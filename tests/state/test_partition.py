@@ -18,7 +18,7 @@ from state.errors import SettingsDiffer
 from state.partition import Decision, Fate, Partition
 from state.partition_store import PartitionStore
 from state.priority import hash_id, id_key
-from state.quota import Ratio
+from state.quota import Ratio, kept_positions
 from state.settings import StreamSettings
 from stream.batch_tldr import Kept, Outcome, Row, reduce_partition
 
@@ -185,25 +185,9 @@ class Life:
         return visible
 
 
-steps = st.lists(
-    st.tuples(
-        st.integers(1, 12),
-        st.sampled_from(
-            [
-                "go on",
-                "commit",
-                "commit",
-                "abort",
-                "crash",
-                "crash_after_kafka_committed",
-                "move",
-                "compact",
-                "compact_and_drop_tombstones",
-            ]
-        ),
-    ),
-    max_size=12,
-)
+ENDINGS = ["go on", "commit", "commit", "abort", "crash", "crash_after_kafka_committed", "move", "compact"]
+ENDINGS += ["compact_and_drop_tombstones"]
+steps = st.lists(st.tuples(st.integers(1, 12), st.sampled_from(ENDINGS)), max_size=12)
 
 
 @st.composite
@@ -266,6 +250,7 @@ def test_any_split_abort_crash_and_restore_gives_the_batch_references_set(
         assert life.visible() == set(reduced)
         assert_same_outcomes(life.decisions, outcomes)
         assert_totals_add_up(life, len(rows), len(reduced))
+        assert_known_offsets(life, reduced, outcomes)
         assert_store_equals_changelog(life)
         life.store.close()
 
@@ -292,6 +277,16 @@ def assert_totals_add_up(life: Life, read: int, in_the_set: int) -> None:
     assert t.kept == sum(cell.entered for cell in cells)
     assert t.evicted == sum(cell.evicted for cell in cells)
     assert in_the_set == sum(cell.size for cell in cells)
+
+
+def assert_known_offsets(life: Life, reduced: dict[str, Kept], outcomes: dict[int, Outcome]) -> None:
+    """The store knows where each id was counted last, if that is in the window or the pair is in the reduced set."""
+    ids = {row.offset: row.id for row in life.rows}
+    counted = {ids[offset]: offset for offset, outcome in outcomes.items() if outcome.position >= 0}
+    window = life.stream.dedupe_window
+    for pair_id, offset in counted.items():
+        if pair_id in reduced or window is None or offset >= (life.partition.next_offset or 0) - window:
+            assert life.store.known_offset(hash_id(id_key(life.stream.seed), pair_id)[0]) == offset
 
 
 def assert_store_equals_changelog(life: Life) -> None:
@@ -338,6 +333,23 @@ def test_a_pair_seen_twice_counts_once_in_a_batch_and_a_thousand_records_later(l
 
     assert fates == [Fate.KEPT, Fate.DUPLICATE]
     assert later == (Fate.DUPLICATE, -1, later.priority, 0, ())
+
+
+def test_a_duplicate_at_the_very_edge_of_the_window_is_one_though_its_transaction_is_long_past(tmp_path: Path) -> None:
+    stream = replace(STREAM, ratio=Ratio(1, 4), dedupe_window=2)
+    over_quota = next(c for c in range(99) if not kept_positions(stream.seed, 0, 0, c, 0, stream.ratio) & 1)
+    with PartitionStore(tmp_path) as store:
+        partition = Partition(store, stream, 0)
+        partition.adopt("bundle-0", "space", 0)
+        for offset, name in enumerate("ab"):
+            assert partition.decide(offset, name, over_quota, 1.0, VECTOR).fate in (Fate.OVER_QUOTA, Fate.KEPT)
+            partition.changes("w", 0)
+            partition.commit(offset)
+
+        assert partition.decide(2, "a", 0, 1.0, VECTOR).duplicate_of == 0
+        partition.abort()
+        partition.next_offset = 3
+        assert partition.decide(3, "a", 0, 1.0, VECTOR).duplicate_of == -1
 
 
 def test_a_dead_letter_or_a_pair_below_the_gate_does_not_make_its_id_known(tmp_path: Path) -> None:
