@@ -77,6 +77,130 @@ def broker(
     raise typer.Exit(status)
 
 
+@app.command(cls=JobCommand)
+def consume(
+    topic: Topic,
+    stream: Stream = None,
+    bundle: Annotated[
+        str | None, typer.Option(help="Folder of the model bundle.  [default: the newest one announced]")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="`bundle`, or `null`: codes, clusters and captions from a hash, to test all the rest.")
+    ] = "bundle",
+    rule: Annotated[
+        str | None, typer.Option(help="`paper` (25 %, 3000 clusters, no gate) or `authors` (50 %, 1000, better half).")
+    ] = None,
+    ratio: Annotated[
+        str | None, typer.Option(help="Share M of each cell that is kept: 25, 25% or 1/4.  [default: 25%]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of every choice; fixed for the life of the stream.", min=0)] = 0,
+    cell_cap: Annotated[
+        int | None, typer.Option(help="Most pairs a cell (partition x cluster) may hold.  [default: no limit]", min=1)
+    ] = None,
+    dedupe_window: Annotated[
+        int | None,
+        typer.Option(help="Offsets for which an id outside the set is remembered.  [default: for ever]", min=1),
+    ] = None,
+    gate: Annotated[
+        str | None, typer.Option(help="Least ITM score of a pair: `off`, `bundle` (its threshold) or a number.")
+    ] = None,
+    state_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the local stores.  [default: next free one of the stream's]")
+    ] = None,
+    instance_id: Annotated[
+        str | None, typer.Option(help="Name of this worker, unique in the stream.  [default: kept in the state folder]")
+    ] = None,
+    bootstrap_servers: BootstrapServers = DEFAULT_BOOTSTRAP,
+    kafka: KafkaSettings = None,
+    kafka_properties: KafkaProperties = None,
+    raw_format: Annotated[
+        str, typer.Option(help="How the raw records are written: tldr, json, avro or confluent.")
+    ] = "tldr",
+    field: Annotated[
+        list[str] | None, typer.Option(help="Where a raw record has what, e.g. id=url, image=content; repeatable.")
+    ] = None,
+    raw_schema: Annotated[
+        Path | None, typer.Option(help="Avro schema (*.avsc) of raw records without a header.")
+    ] = None,
+    schemas: Schemas = None,
+    schema_registry: SchemaRegistry = None,
+    fetch_allow: Annotated[
+        list[str] | None,
+        typer.Option(help="Scheme and host from which an image_uri may be fetched; repeatable.  [default: none]"),
+    ] = None,
+    fetch_allow_private: Annotated[
+        bool, typer.Option("--fetch-allow-private", help="Let an allowed host have a private address.")
+    ] = False,
+    fetch_bytes_max: Annotated[int, typer.Option(help="Most bytes of a fetched image.", min=1)] = 32 * 1024 * 1024,
+    fetch_timeout_s: Annotated[float, typer.Option(help="Most seconds for fetching an image.", min=0.1)] = 10.0,
+    joiner: Annotated[str, typer.Option(help="What stands between T_o and T_g in a refined caption.")] = " ",
+    commit_interval_s: Annotated[float, typer.Option(help="Seconds between transactions.", min=0.0)] = 1.0,
+    batch_pairs: Annotated[
+        int | None, typer.Option(help="Raw records of one batch.  [default: the encoder's batch]", min=1)
+    ] = None,
+    buffer_mb: Annotated[int, typer.Option(help="Megabytes of raw records that may wait for the model.", min=1)] = 64,
+    session_timeout_s: Annotated[
+        float, typer.Option(help="Seconds after which the group gives a silent worker's partitions away.", min=6)
+    ] = 45.0,
+    decode_threads: Annotated[
+        int | None, typer.Option(help="Threads that decode images.  [default: one a core]", min=1)
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda[:N].  [default: a GPU where there is one]")] = None,
+    metrics_host: Annotated[str, typer.Option(help="Address that serves /metrics, /healthz and /readyz.")] = "0.0.0.0",  # noqa: S104
+    metrics_port: Annotated[int, typer.Option(help="Its port; 0 takes a free one.", min=0, max=65535)] = 9400,
+    stop_at_end: Annotated[
+        bool, typer.Option("--stop-at-end", help="Leave when the partitions of this worker are consumed to their ends.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log every transaction.")] = False,
+) -> None:
+    """Run a worker: reduce the raw pairs of a topic, exactly once, until SIGTERM.
+
+    Example: tldr-stream consume --topic raw-pairs --bundle ./bundles/sample
+    """
+    from stream.consume import ConsumeOptions
+    from stream.consume import consume as job
+    from stream.kafka import Connection
+    from stream.logs import set_up_logs
+
+    set_up_logs(verbose)
+    job(
+        ConsumeOptions(
+            connection=Connection.of(bootstrap_servers, kafka or (), kafka_properties),
+            topic=topic,
+            stream=stream,
+            bundle=bundle,
+            model=model,
+            rule=rule,
+            ratio=ratio,
+            seed=seed,
+            cell_cap=cell_cap,
+            dedupe_window=dedupe_window,
+            gate=gate,
+            state_dir=state_dir,
+            instance_id=instance_id,
+            raw_format=raw_format,
+            fields=field or (),
+            raw_schema=raw_schema,
+            schemas=schemas or (),
+            schema_registry=schema_registry,
+            fetch_allow=fetch_allow or (),
+            fetch_allow_private=fetch_allow_private,
+            fetch_bytes_max=fetch_bytes_max,
+            fetch_timeout_s=fetch_timeout_s,
+            joiner=joiner,
+            commit_interval_s=commit_interval_s,
+            batch_pairs=batch_pairs,
+            buffer_mb=buffer_mb,
+            session_timeout_s=session_timeout_s,
+            decode_threads=decode_threads,
+            device=device,
+            metrics_host=metrics_host,
+            metrics_port=metrics_port,
+            stop_at_end=stop_at_end,
+        )
+    )
+
+
 def commands() -> dict[str, Any]:
     """Our commands by name, for the `typer` executable (stream/__init__.py)."""
     return dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]

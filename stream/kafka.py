@@ -93,6 +93,7 @@ class Connection:
         return {**defaults, **self.settings, "bootstrap.servers": self.bootstrap_servers, **fixed}
 
     def admin(self) -> AdminClient:
+        """An admin client; hold on to it until its futures are done, since they die with it."""
         return AdminClient(self.config(), logger=_quiet)
 
     def reader(self, group: str = "tldr-stream-reader", **ours: Any) -> Consumer:
@@ -111,10 +112,8 @@ class Connection:
 
     def producer(self, **ours: Any) -> Producer:
         """An idempotent producer that partitions as Java does (design: murmur2)."""
-        config = self.config(
-            enable_idempotence=True, partitioner="murmur2_random", message_max_bytes=RECORD_BYTES_MAX, **ours
-        )
-        return Producer(config, logger=_quiet)
+        ours = {"message_max_bytes": RECORD_BYTES_MAX, **ours}
+        return Producer(self.config(enable_idempotence=True, partitioner="murmur2_random", **ours), logger=_quiet)
 
 
 def partition_count(connection: Connection, topic: str) -> int:
@@ -152,7 +151,8 @@ def topic_id(connection: Connection, topic: str) -> str:
     from confluent_kafka import TopicCollection
 
     try:
-        described = connection.admin().describe_topics(TopicCollection([topic]), request_timeout=REQUEST_TIMEOUT_S)
+        admin = connection.admin()
+        described = admin.describe_topics(TopicCollection([topic]), request_timeout=REQUEST_TIMEOUT_S)
         return str(described[topic].result().topic_id)
     except KafkaException as error:
         raise TldrError(f"cannot describe topic {topic}: {error.args[0].str()}") from error
@@ -174,7 +174,8 @@ def create_missing(connection: Connection, topics: Mapping[str, Mapping[str, str
     if not missing:
         return []
     created = []
-    for name, done in connection.admin().create_topics(missing, request_timeout=REQUEST_TIMEOUT_S).items():
+    admin = connection.admin()
+    for name, done in admin.create_topics(missing, request_timeout=REQUEST_TIMEOUT_S).items():
         try:
             done.result()
             created.append(name)
@@ -193,7 +194,8 @@ def topic_setting(connection: Connection, topic: str, name: str) -> str | None:
     """One setting of a topic as the broker has it now, None where it has none."""
     resource = ConfigResource(ResourceType.TOPIC, topic)
     try:
-        done = connection.admin().describe_configs([resource], request_timeout=REQUEST_TIMEOUT_S)
+        admin = connection.admin()
+        done = admin.describe_configs([resource], request_timeout=REQUEST_TIMEOUT_S)
         entry = done[resource].result().get(name)
     except KafkaException as error:
         raise TldrError(f"cannot read the settings of topic {topic}: {error.args[0].str()}") from error
@@ -224,21 +226,33 @@ def _offsets(
     if not asked:
         return {}
     try:
-        done = connection.admin().list_offsets(asked, isolation_level=level, request_timeout=REQUEST_TIMEOUT_S)
+        admin = connection.admin()
+        done = admin.list_offsets(asked, isolation_level=level, request_timeout=REQUEST_TIMEOUT_S)
         return {tp.partition: result.result().offset for tp, result in done.items()}
     except KafkaException as error:
         raise Unavailable(f"cannot list the offsets of {topic}: {error.args[0].str()}") from error
 
 
 def group_offsets(connection: Connection, group: str, topic: str) -> dict[int, int]:
-    """The offsets that `group` has committed on `topic`, by partition; partitions without one are left out."""
-    try:
+    """The offsets that `group` has committed on `topic`, by partition; partitions without one are left out.
+
+    Waits for transactions that hold offsets of the group (`require_stable`): their outcome is the answer.
+    Raises Unavailable if they do not end within REQUEST_TIMEOUT_S.
+    """
+    admin = connection.admin()
+    deadline = time.monotonic() + REQUEST_TIMEOUT_S
+    while True:
         asked = [ConsumerGroupTopicPartitions(group)]
-        done = connection.admin().list_consumer_group_offsets(asked, request_timeout=REQUEST_TIMEOUT_S)
-        found = done[group].result().topic_partitions or []
-    except KafkaException as error:
-        raise Unavailable(f"cannot read the offsets of group {group}: {error.args[0].str()}") from error
-    return {tp.partition: tp.offset for tp in found if tp.topic == topic and tp.offset >= 0}
+        done = admin.list_consumer_group_offsets(asked, require_stable=True, request_timeout=REQUEST_TIMEOUT_S)
+        try:
+            found = done[group].result().topic_partitions or []
+            return {tp.partition: tp.offset for tp in found if tp.topic == topic and tp.offset >= 0}
+        except KafkaException as error:
+            if error.args[0].code() == KafkaError.GROUP_ID_NOT_FOUND:
+                return {}
+            if not error.args[0].retriable() or time.monotonic() > deadline:
+                raise Unavailable(f"cannot read the offsets of group {group}: {error.args[0].str()}") from error
+            time.sleep(0.1)
 
 
 def read_partition(

@@ -1,0 +1,93 @@
+"""The life of the partitions that the group gives this worker: restoring → running → closed.
+
+Must not know what is done with a running partition. `restoring` goes on in a thread while the others run; a partition is
+consumed only when its store is exact. The states and the only steps between them:
+
+    assigned ──▶ restoring ──▶ running ──▶ closed
+                     └──────── revoked ───────▲
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+from state.partition import Partition
+from stream.intake import Intake
+from stream.restore import Cancel, Restored
+
+log = logging.getLogger(__name__)
+
+RESTORES_AT_ONCE = 2
+
+Restore = Callable[[int, Cancel], Restored | None]
+
+
+class _Restoring(NamedTuple):
+    future: Future[Restored | None]
+    cancel: Cancel
+
+
+class Assignment:
+    """Which partitions this worker has, and the live state of the running ones."""
+
+    def __init__(self, intake: Intake, restore: Restore, on_restored: Callable[[int, Restored], None]) -> None:
+        self.running: dict[int, Partition] = {}
+        self.joined = False  # whether the group has ever answered
+        self._intake = intake
+        self._restore = restore
+        self._on_restored = on_restored
+        self._restoring: dict[int, _Restoring] = {}
+        self._threads = ThreadPoolExecutor(RESTORES_AT_ONCE, "restore")
+
+    @property
+    def restoring(self) -> list[int]:
+        return sorted(self._restoring)
+
+    def assigned(self, partitions: list[int]) -> None:
+        """The group gave us `partitions`: their stores are restored in the background."""
+        self.joined = True
+        for number in partitions:
+            cancel = Cancel()
+            self._restoring[number] = _Restoring(self._threads.submit(self._restore, number, cancel), cancel)
+        if partitions:
+            log.info("assigned %s; restoring", partitions)
+
+    def start_restored(self) -> None:
+        """Starts to consume the partitions whose restore has ended. Raises what their restore raised."""
+        for number, restoring in list(self._restoring.items()):
+            if not restoring.future.done():
+                continue
+            del self._restoring[number]
+            restored = restoring.future.result()
+            if restored is None:
+                continue
+            self.running[number] = restored.partition
+            self._on_restored(number, restored)
+            self._intake.start(number, restored.next_offset)
+            log.info(
+                "partition %d runs from offset %d: %d changelog records %s in %.2f s",
+                number, restored.next_offset, restored.records, "rebuilt" if restored.rebuilt else "replayed",
+                restored.seconds,
+            )  # fmt: skip
+
+    def revoked(self, partitions: list[int], *, lost: bool = False) -> None:
+        """The group took `partitions` back: stop consuming them and close their stores (their effects are settled)."""
+        for number in partitions:
+            if restoring := self._restoring.pop(number, None):
+                restoring.cancel.set()
+                restored = restoring.future.result()  # it looks at the flag between two reads
+                if restored is not None:
+                    restored.partition.store.close()
+            if partition := self.running.pop(number, None):
+                self._intake.stop(number, lost=lost)
+                partition.store.close()
+        if partitions:
+            log.info("%s %s", "lost" if lost else "revoked", partitions)
+
+    def close(self) -> None:
+        """Closes what is left."""
+        self.revoked([*self._restoring, *self.running], lost=True)
+        self._threads.shutdown()

@@ -1,0 +1,352 @@
+"""The job behind `tldr-stream consume`: puts a worker together from its options, and runs it until it is told to stop.
+
+Everything that a user can get wrong is found here, before the first poll.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import signal
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from confluent_kafka import Consumer, KafkaException, Producer
+
+from models.model import PairModel
+from state.directory import StateDirectory
+from state.errors import SettingsDiffer
+from state.quota import Ratio
+from state.settings import StreamSettings, rule_named
+from stream.bundles import find_bundle
+from stream.errors import Fenced, TldrError, Unavailable
+from stream.kafka import RECORD_BYTES_MAX, Connection, create_missing, partition_count, topic_id, topic_setting
+from stream.metrics import HealthServer, Metrics
+from stream.raw_format import raw_reader
+from stream.records import Codec, Registry
+from stream.reduce import Reduction
+from stream.restore import Cancel, Restored, restore
+from stream.topics import KEPT_OVERHEAD_BYTES, StreamTopics
+from stream.transaction import ATTEMPT_TIMEOUT_S, Outlet
+from stream.worker import Pace, Worker
+
+log = logging.getLogger(__name__)
+
+DEFAULT_RATIO = Ratio(1, 4)  # paper Table 2e
+DEFAULT_RECORD_BYTES = 1_048_588  # Kafka's own max.message.bytes
+# Above the heartbeat's and below what a group should wait for a dead worker.
+TRANSACTION_TIMEOUT_MS = 10_000
+MAX_POLL_INTERVAL_MS = 300_000
+# What librdkafka may fetch ahead; a pause throws it away.
+PREFETCH_KB = 32 * 1024
+NULL_BATCH_PAIRS = 2000
+
+
+@dataclass(frozen=True)
+class ConsumeOptions:
+    """The options of a worker; `tldr-stream consume --help` says what each one means."""
+
+    connection: Connection
+    topic: str
+    stream: str | None = None
+    bundle: str | None = None
+    model: str = "bundle"
+    rule: str | None = None
+    ratio: str | None = None
+    seed: int = 0
+    cell_cap: int | None = None
+    dedupe_window: int | None = None
+    gate: str | None = None
+    state_dir: Path | None = None
+    instance_id: str | None = None
+    raw_format: str = "tldr"
+    fields: Sequence[str] = ()
+    raw_schema: Path | None = None
+    schemas: Sequence[Path] = ()
+    schema_registry: str | None = None
+    fetch_allow: Sequence[str] = ()
+    fetch_allow_private: bool = False
+    fetch_bytes_max: int = 32 * 1024 * 1024
+    fetch_timeout_s: float = 10.0
+    joiner: str = " "
+    commit_interval_s: float = 1.0
+    batch_pairs: int | None = None
+    buffer_mb: int = 64
+    session_timeout_s: float = 45.0
+    decode_threads: int | None = None
+    device: str | None = None
+    metrics_host: str = "0.0.0.0"  # noqa: S104 (Prometheus scrapes from another machine)
+    metrics_port: int = 9400
+    stop_at_end: bool = False
+
+
+def consume(options: ConsumeOptions) -> None:
+    """Runs a worker until SIGTERM, SIGINT or the end of the topic (`stop_at_end`).
+
+    Raises TldrError (and models' and state's errors) before the first poll for whatever the user can put right, Stopped,
+    Fenced or DataLoss where a running worker cannot go on.
+    """
+    refuse_impossible(options)
+    connection, topic = options.connection, options.topic
+    partitions = partition_count(connection, topic)
+    stream = options.stream or topic
+    reader = raw_reader(
+        options.raw_format, options.fields, options.schemas, options.raw_schema, _registry(options.schema_registry)
+    )
+    folder = None if options.model == "null" else find_bundle(connection, options.bundle, stream)
+    topics = StreamTopics(stream)
+    record_bytes = int(topic_setting(connection, topic, "max.message.bytes") or DEFAULT_RECORD_BYTES)
+    # T_o may stand three times in a kept pair, but an image that fills a record leaves no room for such a T_o.
+    kept_bytes = min(2 * record_bytes + KEPT_OVERHEAD_BYTES, 2 * RECORD_BYTES_MAX)
+    if created := create_missing(connection, topics.settings(kept_bytes), partitions):
+        log.info("created %s", ", ".join(sorted(created)))
+    kept_bytes = int(topic_setting(connection, topics.kept, "max.message.bytes") or kept_bytes)
+
+    with _state_directory(options, stream) as directory:
+        metrics = Metrics()
+        model = _load(options, folder)
+        metrics.bundle.info({"version": model.version})
+        settings = _settings(options, model, partitions, topic_id(connection, topic))
+        log.info("models loaded: bundle %s, %d clusters, L = %d", model.version[:12], model.clusters, model.tokens)
+        _run(options, settings, model, reader, topics, directory, kept_bytes, metrics)
+
+
+def refuse_impossible(options: ConsumeOptions) -> None:
+    """Raises TldrError for options that cannot work together; asks nobody."""
+    if options.model not in ("bundle", "null"):
+        raise TldrError(f"--model {options.model}: use `bundle` or `null`")
+    if options.model == "null" and options.bundle is not None:
+        raise TldrError("--model null uses no bundle: leave --bundle out")
+    if options.rule is not None:
+        rule = rule_named(options.rule)
+        if options.ratio is not None and Ratio.parse(options.ratio) != rule.ratio:
+            raise TldrError(f"--rule {rule.name} keeps {rule.ratio}: leave --ratio out, or the rule")
+        if options.gate is not None and (options.gate != "off") != rule.gated:
+            raise TldrError(f"--rule {rule.name} is {'' if rule.gated else 'not '}gated: leave --gate out, or the rule")
+    if options.ratio is not None:
+        Ratio.parse(options.ratio)
+    if options.gate not in (None, "off", "bundle"):
+        _number(options.gate, "--gate")
+    if options.stream is not None and not options.stream.strip():
+        raise TldrError("--stream needs a name")
+    if 2 * ATTEMPT_TIMEOUT_S * 1000 > TRANSACTION_TIMEOUT_MS:
+        raise TldrError("an attempt to commit must fit twice into the transaction time-out")
+    if options.session_timeout_s * 1000 > MAX_POLL_INTERVAL_MS:
+        raise TldrError(f"--session-timeout-s must be at most {MAX_POLL_INTERVAL_MS // 1000}, the poll interval")
+
+
+def _number(text: str | None, option: str) -> float:
+    try:
+        return float(text or "")
+    except ValueError:
+        raise TldrError(f"{option} {text}: use `off`, `bundle` (the bundle's own threshold) or a number") from None
+
+
+def _registry(url: str | None) -> Registry | None:
+    if url is None:
+        return None
+    from stream.schema_registry import ConfluentRegistry
+
+    return ConfluentRegistry(url)
+
+
+def _state_directory(options: ConsumeOptions, stream: str) -> StateDirectory:
+    if options.state_dir is not None:
+        return StateDirectory(options.state_dir, options.instance_id)
+    home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    root = home / "tldr-stream" / stream
+    if options.instance_id is not None:
+        return StateDirectory(root / options.instance_id, options.instance_id)
+    return StateDirectory.next_free(root)
+
+
+def _load(options: ConsumeOptions, folder: Path | None) -> PairModel:
+    if folder is None:
+        from models.null import NullModel
+
+        return NullModel()
+    from models.bundle import load_model
+
+    return load_model(folder, options.device)
+
+
+def _settings(options: ConsumeOptions, model: PairModel, partitions: int, raw_topic_id: str) -> StreamSettings:
+    ratio = Ratio.parse(options.ratio) if options.ratio is not None else DEFAULT_RATIO
+    gated = options.gate == "bundle"
+    gate = _number(options.gate, "--gate") if options.gate not in (None, "off", "bundle") else None
+    if options.rule is not None:
+        rule = rule_named(options.rule)
+        if model.clusters != rule.clusters:
+            raise TldrError(
+                f"--rule {rule.name} is about {rule.clusters} clusters and the bundle has {model.clusters}: bootstrap one "
+                f"with --clusters {rule.clusters}, or leave --rule out"
+            )
+        ratio, gated = rule.ratio, rule.gated
+    if gated:
+        if model.gate is None:
+            raise TldrError("the bundle has no gate: bootstrap one that has, or give --gate a number")
+        gate = model.gate
+    return StreamSettings(
+        partition_count=partitions,
+        raw_topic_id=raw_topic_id,
+        seed=options.seed,
+        ratio=ratio,
+        cell_cap=options.cell_cap,
+        dedupe_window=options.dedupe_window,
+        gate=gate,
+        rule=options.rule or "none",
+        space=model.space,
+        tokens=model.tokens,
+    )
+
+
+def _run(
+    options: ConsumeOptions,
+    settings: StreamSettings,
+    model: PairModel,
+    reader: Any,
+    topics: StreamTopics,
+    directory: StateDirectory,
+    kept_bytes: int,
+    metrics: Metrics,
+) -> None:
+    connection, group, instance = options.connection, topics.name, directory.instance_id
+    worker: Worker | None = None
+
+    def on_statistics(text: str) -> None:
+        if worker is not None:
+            worker.on_statistics(text)
+
+    def on_error(error: Any) -> None:
+        if worker is not None:
+            worker.on_error(error)
+
+    producer = _producer(connection, f"{group}-{instance}", kept_bytes)
+    consumer = _consumer(options, group, instance, on_statistics, on_error)
+
+    def restore_partition(number: int, cancel: Cancel) -> Restored | None:
+        if number >= settings.partition_count:
+            raise TldrError(
+                f"topic {options.topic} was given more partitions: keys have moved, so start another --stream on it"
+            )
+        path = directory.store_path(number)
+        return restore(connection, topics, options.topic, group, settings, number, path, cancelled=cancel)
+
+    def adopt(restored: Restored) -> None:
+        live = restored.partition.bundle
+        if live is not None and live != model.version:
+            raise TldrError(
+                f"the stream runs with bundle {live[:12]} and this worker has {model.version[:12]}: give it that one "
+                "with --bundle, or start another --stream"
+            )
+        restored.partition.adopt(model.version, model.space, restored.next_offset)
+
+    threads = options.decode_threads or os.cpu_count() or 1
+    with ThreadPoolExecutor(threads, "decode") as pool:
+        using = Reduction(
+            model=model,
+            reader=reader,
+            kept_codec=Codec("KeptPair", registry=_registry(options.schema_registry)),
+            fetch=_fetcher(options),
+            pool=pool,
+            seed=settings.seed,
+            rate=str(settings.ratio),
+            joiner=options.joiner,
+            kept_bytes_max=kept_bytes,
+            topic=options.topic,
+        )
+        codes = Codec("PairCodes", registry=_registry(options.schema_registry))
+        outlet = Outlet(producer, consumer, topics, options.topic, codes, instance, settings.partition_count)
+        batch = options.batch_pairs or (NULL_BATCH_PAIRS if options.model == "null" else model.batch)
+        pace = Pace(options.commit_interval_s, batch, options.stop_at_end)
+        worker = Worker(
+            consumer, options.topic, using, outlet, restore_partition, adopt, pace, options.buffer_mb << 20, metrics
+        )
+        server = HealthServer(
+            metrics, options.metrics_host, options.metrics_port, lambda: worker.healthy, lambda: worker.ready
+        )
+        log.info(
+            "worker %s of stream %s: metrics on port %d, state in %s", instance, group, server.port, directory.path
+        )
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: worker.stop())
+        try:
+            worker.run()
+        except SettingsDiffer as error:
+            raise TldrError(str(error)) from error
+        finally:
+            server.close()
+    log.info("worker %s has left", instance)
+
+
+def _fetcher(options: ConsumeOptions) -> Any:
+    if not options.fetch_allow:
+        return None
+    from stream.image_fetch import ImageFetcher
+
+    return ImageFetcher(
+        options.fetch_allow,
+        bytes_max=options.fetch_bytes_max,
+        timeout_s=options.fetch_timeout_s,
+        allow_private=options.fetch_allow_private,
+    ).fetch
+
+
+def _producer(connection: Connection, transactional_id: str, record_bytes: int) -> Producer:
+    """The transactional producer: fences a predecessor of the same id and waits for what it left open."""
+    producer = connection.producer(
+        transactional_id=transactional_id,
+        transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
+        socket_timeout_ms=TRANSACTION_TIMEOUT_MS,  # at most transaction.timeout.ms + 100 (docs/tried.md)
+        message_max_bytes=max(record_bytes, DEFAULT_RECORD_BYTES) + KEPT_OVERHEAD_BYTES,
+        compression_type="lz4",
+        linger_ms=5,
+    )
+    while True:
+        try:
+            producer.init_transactions(TRANSACTION_TIMEOUT_MS / 1000 * 2)
+            return producer
+        except KafkaException as error:
+            reason = error.args[0]
+            if reason.fatal():
+                raise Fenced(f"another worker took over the instance id: {reason.str()}") from error
+            if not reason.retriable():
+                raise Unavailable(f"the broker grants no transactions: {reason.str()}") from error
+            log.warning("waiting for the transaction coordinator: %s", reason.str())
+
+
+def _consumer(options: ConsumeOptions, group: str, instance: str, on_statistics: Any, on_error: Any) -> Consumer:
+    return Consumer(
+        options.connection.config(
+            group_id=group,
+            group_instance_id=instance,
+            # KIP-848 refuses the successor of a killed static member until its session ends (docs/tried.md).
+            group_protocol="classic",
+            partition_assignment_strategy="cooperative-sticky",
+            session_timeout_ms=int(options.session_timeout_s * 1000),
+            max_poll_interval_ms=MAX_POLL_INTERVAL_MS,
+            enable_auto_commit=False,
+            enable_auto_offset_store=False,
+            auto_offset_reset="error",
+            isolation_level="read_committed",
+            enable_partition_eof=True,
+            fetch_message_max_bytes=RECORD_BYTES_MAX,
+            queued_max_messages_kbytes=PREFETCH_KB,
+            fetch_queue_backoff_ms=20,  # librdkafka waits a whole second by default once its queue is full
+            fetch_wait_max_ms=100,
+            statistics_interval_ms=1000,
+        )
+        | {"stats_cb": on_statistics, "error_cb": on_error},
+        logger=logging.getLogger("stream.librdkafka"),
+    )
+
+
+def without_secrets(options: ConsumeOptions) -> dict[str, Any]:
+    """The options as they may be logged."""
+    shown = dataclasses.asdict(options)
+    shown["connection"] = options.connection.bootstrap_servers
+    return shown

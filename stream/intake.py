@@ -1,0 +1,161 @@
+"""Messages of the raw topic, buffered by bytes: poll, pause, seek.
+
+Must not know what a message means or who owns a partition. It polls while the model works, because a consumer that does not
+poll is thrown out of its group; and it pauses only when its buffer is full *and* it has not polled for a while, because a
+pause makes librdkafka throw away what it has fetched already (docs/tried.md: 46 s instead of 5).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+
+from stream.errors import DataLoss, Fenced, Stopped
+
+log = logging.getLogger(__name__)
+
+Message = Any  # confluent_kafka.Message
+
+FETCH_MESSAGES = 500
+# With a full buffer a poll may wait this long, far below max.poll.interval.ms; a rebalance waits for it.
+FULL_POLL_EVERY_S = 3.0
+# Resume when this share of the buffer is free again.
+RESUME_SHARE = 0.5
+
+_FENCED = frozenset({KafkaError.FENCED_INSTANCE_ID, KafkaError._FENCED, KafkaError.UNRELEASED_INSTANCE_ID})
+_GONE = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_ID})
+_OUT_OF_RANGE = frozenset({KafkaError.OFFSET_OUT_OF_RANGE, KafkaError._AUTO_OFFSET_RESET})
+# States of the world that pass by themselves; librdkafka goes on trying.
+_PASSING = frozenset({KafkaError._ALL_BROKERS_DOWN, KafkaError._TRANSPORT, KafkaError._TIMED_OUT, KafkaError._RESOLVE})
+
+
+class Intake:
+    """The worker's side of the consumer.
+
+    bytes_max  soft bound of the buffer: a fetch may overshoot it by FETCH_MESSAGES messages.
+    """
+
+    def __init__(
+        self, consumer: Consumer, topic: str, bytes_max: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.consumer = consumer
+        self.topic = topic
+        self.bytes_max = bytes_max
+        self.buffered_bytes = 0
+        self.received = 0
+        self.received_bytes = 0
+        self.at_end: dict[int, int] = {}  # partition → the end that the reader stands at
+        self._buffer: deque[Message] = deque()
+        self._paused: set[int] = set()
+        self._consumed: set[int] = set()  # partitions that we consume
+        self._polled_at = clock()
+        self._clock = clock
+
+    def __len__(self) -> int:
+        return len(self._buffer)
+
+    def poll(self, wait_s: float) -> None:
+        """Fetches into the buffer and serves the group's callbacks; waits at most `wait_s` for the first message.
+
+        Raises Fenced, DataLoss or Stopped where consuming cannot go on.
+        """
+        full = self.buffered_bytes >= self.bytes_max
+        if full and self._clock() - self._polled_at < FULL_POLL_EVERY_S:
+            return
+        if full:
+            self._pause()
+        elif self._paused and self.buffered_bytes <= self.bytes_max * (1 - RESUME_SHARE):
+            self._resume()
+        try:
+            messages = self.consumer.consume(FETCH_MESSAGES, wait_s)
+        except KafkaException as failure:
+            self._refuse(failure.args[0], None)
+            messages = []
+        self._polled_at = self._clock()
+        for message in messages:
+            error = message.error()
+            if error is not None:
+                if error.code() == KafkaError._PARTITION_EOF:
+                    self.at_end[message.partition()] = message.offset()
+                else:
+                    self._refuse(error, message)
+                continue
+            # A partition that was revoked or sought meanwhile may still have messages on their way.
+            if message.partition() in self._consumed:
+                self._buffer.append(message)
+                weight = _weight(message)
+                self.buffered_bytes += weight
+                self.received += 1
+                self.received_bytes += weight
+                self.at_end.pop(message.partition(), None)
+
+    def take(self, count: int) -> list[Message]:
+        """The next `count` messages or fewer, in the order of each partition."""
+        taken = [self._buffer.popleft() for _ in range(min(count, len(self._buffer)))]
+        self.buffered_bytes -= sum(map(_weight, taken))
+        return taken
+
+    def start(self, partition: int, offset: int) -> None:
+        """Begins to consume an assigned partition at `offset`."""
+        self.consumer.incremental_assign([TopicPartition(self.topic, partition, offset)])
+        self._consumed.add(partition)
+
+    def stop(self, partition: int, *, lost: bool = False) -> None:
+        """Ends consuming a partition and drops what is buffered of it."""
+        if partition in self._consumed:
+            self._consumed.discard(partition)
+            try:
+                self.consumer.incremental_unassign([TopicPartition(self.topic, partition)])
+            except KafkaException:
+                if not lost:
+                    raise
+        self._paused.discard(partition)
+        self.at_end.pop(partition, None)
+        self._drop(partition)
+
+    def go_back(self, partition: int, offset: int) -> None:
+        """Consumes again from `offset`: what came after it was aborted."""
+        if partition in self._consumed:
+            self.stop(partition)
+            self.start(partition, offset)
+
+    def _drop(self, partition: int) -> None:
+        self._buffer = deque(m for m in self._buffer if m.partition() != partition)
+        self.buffered_bytes = sum(map(_weight, self._buffer))
+
+    def _pause(self) -> None:
+        fresh = self._consumed - self._paused
+        if fresh:
+            self.consumer.pause([TopicPartition(self.topic, p) for p in fresh])
+            self._paused |= fresh
+
+    def _resume(self) -> None:
+        self.consumer.resume([TopicPartition(self.topic, p) for p in self._paused])
+        self._paused.clear()
+
+    def _refuse(self, error: KafkaError, message: Message | None) -> None:
+        """Raises for an error that will not pass; says the others once they come."""
+        code = error.code()
+        where = self.topic if message is None else f"{self.topic}/{message.partition()}"
+        if code in _FENCED:
+            raise Fenced(f"another worker uses this instance id ({error.str()}): give each its own --instance-id")
+        if code in _OUT_OF_RANGE:
+            raise DataLoss(f"{where}: the next offset is no longer on the broker ({error.str()})")
+        if code in _GONE:
+            raise Stopped(f"{where} is gone ({error.str()}): it was deleted or recreated; use another --stream")
+        if error.fatal() or code in (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED):
+            raise Stopped(f"cannot consume {where}: {error.str()}")
+        if code == KafkaError._MAX_POLL_EXCEEDED:
+            log.warning("the group took this worker for dead, since it did not poll in time; it joins again")
+        elif code not in _PASSING:
+            log.warning("%s: %s", where, error.str())
+
+
+def _weight(message: Message) -> int:
+    """Bytes of a message in the buffer: key and value, and a little for the object."""
+    return len(message.value() or b"") + len(message.key() or b"") + 100

@@ -1,0 +1,158 @@
+"""Every metric of a worker, once, with what it means and what a rise tells the person on call; and the server for them.
+
+Names follow Prometheus' conventions: base units, `_total` for counters, no label with unbounded values.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, make_wsgi_app
+
+from stream.errors import TldrError
+
+log = logging.getLogger(__name__)
+
+SCORE_BUCKETS = [i / 20 for i in range(21)]
+SECONDS_BUCKETS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30]
+
+
+class Metrics:
+    """The metrics of one worker, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+
+        def counter(name: str, text: str, labels: Iterable[str] = ()) -> Counter:
+            return Counter(f"tldr_{name}", text, labels, registry=registry)
+
+        def gauge(name: str, text: str, labels: Iterable[str] = ()) -> Gauge:
+            return Gauge(f"tldr_{name}", text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: list[float]) -> Histogram:
+            return Histogram(f"tldr_{name}", text, buckets=buckets, registry=registry)
+
+        self.fates = counter(
+            "pairs",
+            "Raw records by fate, dead ones included. kept / counted off the quota: look at the stream's settings. A rise "
+            "of `duplicate`: a crawler repeats itself. A rise of `below_gate`: captions match their images worse.",
+            ["fate"],
+        )
+        self.dead_letters = counter(
+            "dead_letters",
+            "Records that could not be processed, by reason. A rise: a crawler or a producer changed; `tldr-stream dlq`.",
+            ["reason"],
+        )
+        self.removed = counter(
+            "removed_pairs", "Pairs that left the reduced set again (evicted by the cap, or taken down)."
+        )
+        self.misplaced_keys = counter(
+            "misplaced_keys",
+            "Records outside the murmur2 partition of their key. Any: the producer partitions otherwise, and duplicates "
+            "are found only within a partition.",
+        )
+        self.images = counter("images", "Images encoded. Divided by the encode seconds: the encoder's rate.")
+        self.captions = counter(
+            "captions", "Captions generated; one for each kept pair, so a rise beside kept is waste."
+        )
+        self.stage_seconds = counter(
+            "stage_seconds",
+            "Seconds by stage of a batch. decode growing beside encode: the accelerator starves, add cores.",
+            ["stage"],
+        )
+        self.batch_seconds = histogram(
+            "batch_seconds", "Seconds a batch takes. A rise: larger images, or a slower device.", SECONDS_BUCKETS
+        )
+        self.commit_seconds = histogram(
+            "commit_seconds",
+            "Seconds a transaction takes to commit. A rise: brokers or the local disk are slow.",
+            SECONDS_BUCKETS,
+        )
+        self.transactions = counter(
+            "transactions",
+            "Transactions by outcome. aborted rising: rebalances or broker trouble; nothing is lost, work is repeated.",
+            ["outcome"],
+        )
+        self.itm_raw = histogram(
+            "itm_raw",
+            "Image-text matching of the original captions of all pairs. Sinking: the crawl's captions drift.",
+            SCORE_BUCKETS,
+        )
+        self.itm_refined = histogram(
+            "itm_refined",
+            "Image-text matching of the refined captions of the kept pairs. Sinking: the captioner no longer fits.",
+            SCORE_BUCKETS,
+        )
+        self.lag = gauge(
+            "lag_records", "Raw records of a partition that are not committed yet. Growing: add workers.", ["partition"]
+        )
+        self.reduced_set = gauge("reduced_set_pairs", "Pairs of a partition in the reduced set now.", ["partition"])
+        self.store_bytes = gauge(
+            "store_bytes",
+            "Bytes of a partition's local store. Grows with known ids and kept pairs; watch the disk.",
+            ["partition"],
+        )
+        self.partitions = gauge(
+            "partitions",
+            "Partitions of this worker by state. restoring for long: a large changelog or an open transaction.",
+            ["state"],
+        )
+        self.restore_seconds = histogram(
+            "restore_seconds", "Seconds from assignment to running. A rise: stores are rebuilt; is the disk kept?",
+            [0.1, 0.5, 1, 5, 10, 30, 60, 300, 900],
+        )  # fmt: skip
+        self.restored_records = counter("restored_records", "Changelog records replayed while restoring.")
+        self.received_bytes = counter(
+            "received_bytes",
+            "Bytes received from the brokers, refetched ones included. Over 1.1 × payload: pauses refetch.",
+        )
+        self.payload_bytes = counter("payload_bytes", "Bytes of the raw records consumed.")
+        self.buffer_bytes = gauge(
+            "buffer_bytes", "Bytes of raw records waiting for the model. Full: the model is the limit."
+        )
+        self.bundle = Info("tldr_bundle", "Version of the model bundle; more than one in a group: a switch is under way.",
+                           registry=registry)  # fmt: skip
+
+
+class HealthServer:
+    """`/metrics`, `/healthz` (the loop turns) and `/readyz` (joined, nothing restoring, consuming) over HTTP."""
+
+    def __init__(
+        self, metrics: Metrics, host: str, port: int, healthy: Callable[[], bool], ready: Callable[[], bool]
+    ) -> None:
+        """Raises TldrError if the port is taken. Port 0 takes a free one."""
+        exposition = make_wsgi_app(metrics.registry)
+        checks = {"/healthz": healthy, "/readyz": ready}
+
+        def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+            check = checks.get(environ.get("PATH_INFO", ""))
+            if check is None:
+                return exposition(environ, start_response)
+            good = check()
+            start_response("200 OK" if good else "503 Service Unavailable", [("Content-Type", "text/plain")])
+            return [b"ok\n" if good else b"not yet\n"]
+
+        try:
+            self._server = make_server(host, port, app, _Server, _Quiet)
+        except OSError as error:
+            raise TldrError(f"cannot serve metrics on {host}:{port} ({error.strerror}): give --metrics-port") from error
+        self.port = self._server.server_port
+        threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _Quiet(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (the base class names it so)
+        """A scrape every few seconds is not news."""

@@ -1,0 +1,167 @@
+"""A partition's store, brought up to date: local store + the tail of the changelog → exactly what was last committed.
+
+Must not know the group's life (assignment.py) nor what a record does to the store (state/).
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from state.partition import Partition
+from state.partition_store import PartitionStore
+from state.settings import StreamSettings
+from stream.errors import DataLoss, TldrError
+from stream.kafka import Connection, end_offsets, group_offsets, read_partition, start_offsets, topic_setting
+from stream.topics import StreamTopics
+
+log = logging.getLogger(__name__)
+
+DEFAULT_DELETE_RETENTION_MS = 24 * 3600 * 1000
+# Below this a wait is ordinary (a commit's markers on their way) and not worth a line.
+WAIT_NOTICE_S = 2.0
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A partition that is ready to run, and how it became so."""
+
+    partition: Partition
+    next_offset: int  # where consuming goes on
+    records: int  # changelog records replayed
+    rebuilt: bool  # from nothing: no store, or one that could not be trusted
+    seconds: float
+
+
+def restore(
+    connection: Connection,
+    topics: StreamTopics,
+    raw_topic: str,
+    group: str,
+    settings: StreamSettings,
+    number: int,
+    folder: Path,
+    *,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Restored | None:
+    """Opens the store of partition `number` and replays the changelog from the store's position to its true end.
+
+    The end is read *uncommitted*: a transaction whose markers are still on their way, or that a dead worker left open, is
+    waited for. Returns None if cancelled. Raises TldrError (other settings, a reset group offset), DataLoss (input that
+    was not processed is gone), StateError.
+    """
+    began = time.monotonic()
+    first = start_offsets(connection, topics.changelog, [number])[number]
+    end = end_offsets(connection, topics.changelog, [number], committed=False)[number]
+    store, rebuilt = _open(connection, topics, number, folder, first, end)
+    try:
+        start = max(store.changelog_position or 0, first)
+        replayed = 0
+        notice = _Notice(topics.changelog, number, end)
+        for messages in read_partition(
+            connection, topics.changelog, number, start, end, batch=10_000, cancelled=cancelled, waiting=notice.waiting
+        ):
+            store.apply([(m.key(), m.value()) for m in messages], messages[-1].offset() + 1)
+            replayed += len(messages)
+        if cancelled():
+            store.close()
+            return None
+        partition = Partition(store, settings, number)
+        next_offset = _where_to_go_on(connection, raw_topic, group, number, partition)
+        return Restored(partition, next_offset, replayed, rebuilt, time.monotonic() - began)
+    except BaseException:
+        store.close()
+        raise
+
+
+class _Notice:
+    """Says what a restore waits for, once it takes longer than a moment."""
+
+    def __init__(self, topic: str, partition: int, end: int) -> None:
+        self.place, self.end = f"{topic}/{partition}", end
+        self.since: float | None = None
+        self.said = False
+
+    def waiting(self, position: int) -> None:
+        self.since = self.since or time.monotonic()
+        if not self.said and time.monotonic() - self.since > WAIT_NOTICE_S:
+            self.said = True
+            log.info(
+                "%s: waiting at offset %d of %d for an open transaction to end (its worker's transaction time-out)",
+                self.place, position, self.end,
+            )  # fmt: skip
+
+
+def _open(
+    connection: Connection, topics: StreamTopics, number: int, folder: Path, first: int, end: int
+) -> tuple[PartitionStore, bool]:
+    """The local store, or an empty one where the local one is missing or too old to be brought up to date."""
+    existed = folder.exists()
+    store = PartitionStore(folder)
+    position = store.changelog_position
+    if position is None:
+        return store, True
+    why = None
+    if position < first:
+        why = f"it stands at offset {position} and the changelog begins at {first}"
+    elif position > end:
+        why = f"it stands at offset {position} and the changelog ends at {end}: the topic was recreated"
+    else:
+        kept_ms = int(topic_setting(connection, topics.changelog, "delete.retention.ms") or DEFAULT_DELETE_RETENTION_MS)
+        committed = store.position()
+        age_ms = time.time() * 1000 - (committed.wall_clock_ms if committed else 0)
+        # A tombstone that the cleaner has taken away since would never reach this store.
+        if position < end and age_ms > kept_ms:
+            why = f"it is {age_ms / 3.6e6:.0f} h old and the changelog keeps tombstones for {kept_ms / 3.6e6:.0f} h"
+    if why is None:
+        return store, not existed
+    log.warning("partition %d: rebuilding the local store from the changelog, since %s", number, why)
+    store.close()
+    shutil.rmtree(folder)
+    return PartitionStore(folder), True
+
+
+def _where_to_go_on(connection: Connection, raw_topic: str, group: str, number: int, partition: Partition) -> int:
+    """The next input offset. The changelog is the truth; the group's offset must agree with it or be absent."""
+    first = start_offsets(connection, raw_topic, [number])[number]
+    end = end_offsets(connection, raw_topic, [number], committed=False)[number]
+    committed = group_offsets(connection, group, raw_topic).get(number)
+    known = partition.next_offset
+    if committed is not None and committed != known:
+        raise TldrError(
+            f"{raw_topic}/{number}: group {group} stands at offset {committed}, the stream's changelog at "
+            f"{'nothing' if known is None else known}; offsets were reset by hand. Put the group right with "
+            f"`kafka-consumer-groups.sh --bootstrap-server {connection.bootstrap_servers} --group {group} --topic "
+            f"{raw_topic}:{number} --reset-offsets --to-offset {known or first} --execute`, or start another --stream"
+        )
+    if known is None:
+        return first
+    if known < first:
+        raise DataLoss(
+            f"{raw_topic}/{number}: the stream goes on at offset {known}, but the broker has nothing before {first} "
+            f"(retention): {first - known} offsets are lost"
+        )
+    if known > end:
+        raise DataLoss(
+            f"{raw_topic}/{number}: the stream goes on at offset {known}, but the topic ends at {end}: it was truncated "
+            "or recreated; use another --stream"
+        )
+    return known
+
+
+class Cancel:
+    """A flag that a restore looks at between two reads."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def __call__(self) -> bool:
+        return self._event.is_set()
+
+    def set(self) -> None:
+        self._event.set()

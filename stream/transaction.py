@@ -1,0 +1,155 @@
+"""Effects → Kafka, then LMDB: one batch of effects becomes visible as a whole, or not at all.
+
+Writes; decides nothing. The transaction is begun only when everything that goes into it is known, so its life is that of a
+flush and a commit, and a slow model cannot outlive `transaction.timeout.ms`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
+
+from state.partition import Partition
+from stream.dead_letters import headers_of
+from stream.errors import Fenced, Stopped
+from stream.records import Codec
+from stream.reduce import Effects
+from stream.topics import CODES_RECORD_BYTES, StreamTopics
+
+log = logging.getLogger(__name__)
+
+# Bounded by transaction.timeout.ms on the broker's side; on ours each attempt of a call ends after this long and is repeated.
+ATTEMPT_TIMEOUT_S = 5.0
+# A row of pair-codes takes its vector and about this much more.
+CODES_ROW_BYTES = 120
+
+FENCED_CODES = frozenset(
+    {
+        KafkaError._FENCED,
+        KafkaError.PRODUCER_FENCED,
+        KafkaError.INVALID_PRODUCER_EPOCH,
+        KafkaError.FENCED_INSTANCE_ID,
+    }
+)
+
+
+class Aborted(Exception):
+    """The transaction was aborted: nothing of it is visible. The caller goes back to the last committed offsets."""
+
+
+class Outlet(NamedTuple):
+    """Where effects go: the transactional producer, the stream's topics, and who is writing."""
+
+    producer: Producer
+    consumer: Consumer
+    topics: StreamTopics
+    raw_topic: str
+    codes_codec: Codec
+    instance: str
+    partition_count: int
+    wall_clock: Callable[[], float] = time.time
+
+
+def commit(effects: Effects, partitions: Mapping[int, Partition], outlet: Outlet) -> None:
+    """Makes `effects` visible as a whole, or not at all.
+
+    1. begin  2. produce kept pairs and tombstones, codes, dead letters, changelog  3. add the consumed offsets
+    4. commit Kafka  5. commit LMDB with the changelog position.
+    A crash before 4 leaves nothing; between 4 and 5 it costs the replay of one transaction.
+
+    Raises Aborted (nothing happened; go back and do it again), Fenced (another worker owns what this one wrote to; touch
+    nothing more) or Stopped (the broker refuses for good).
+    """
+    producer = outlet.producer
+    ends: dict[int, int] = {}
+    try:
+        producer.begin_transaction()  # 1
+        touched = sorted(effects.codes.keys() | {letter.message.partition() for letter in effects.dead})
+        for send in _records(effects, touched, partitions, outlet, ends):  # 2
+            _produce(producer, send)
+        offsets = [TopicPartition(outlet.raw_topic, p, partitions[p].next_offset) for p in touched]
+        _until_done(  # 3
+            lambda: producer.send_offsets_to_transaction(
+                offsets, outlet.consumer.consumer_group_metadata(), ATTEMPT_TIMEOUT_S
+            ),
+            "adding the offsets",
+        )
+        _until_done(lambda: producer.commit_transaction(ATTEMPT_TIMEOUT_S), "committing")  # 4
+    except KafkaException as error:
+        _abort(producer, error, partitions.values())
+    for p in touched:  # 5
+        partitions[p].commit(ends[p])
+
+
+def _records(
+    effects: Effects, touched: Iterable[int], partitions: Mapping[int, Partition], outlet: Outlet, ends: dict[int, int]
+) -> Iterable[dict[str, Any]]:
+    topics = outlet.topics
+    for effect in effects.kept:
+        yield {"topic": topics.kept, "partition": effect.partition, "key": effect.key, "value": effect.value,
+               "headers": effect.headers}  # fmt: skip
+    for p, columns in effects.codes.items():
+        state = partitions[p]
+        rows_max = max(1, CODES_RECORD_BYTES // (2 * state.settings.tokens + CODES_ROW_BYTES))
+        for record in columns.records(p, state.epoch, state.bundle or "", state.settings.tokens, rows_max):
+            yield {"topic": topics.codes, "partition": p, "value": outlet.codes_codec.encode(record)}
+    for letter in effects.dead:
+        yield {"topic": topics.dead, "partition": letter.message.partition(), "key": letter.message.key(),
+               "value": letter.message.value(), "headers": headers_of(letter)}  # fmt: skip
+    now_ms = int(outlet.wall_clock() * 1000)
+    for p in touched:
+        for key, value in partitions[p].changes(outlet.instance, now_ms):
+            yield {"topic": topics.changelog, "partition": p, "key": key, "value": value,
+                   "on_delivery": lambda error, message, p=p: _remember_end(error, message, p, ends)}  # fmt: skip
+
+
+def _remember_end(error: KafkaError | None, message: Any, partition: int, ends: dict[int, int]) -> None:
+    # Raising here would end as a SystemError; a failed delivery makes the commit fail by itself.
+    if error is None:
+        ends[partition] = max(ends.get(partition, 0), message.offset() + 1)
+
+
+def _produce(producer: Producer, send: dict[str, Any]) -> None:
+    while True:
+        try:
+            producer.produce(**send)
+            return
+        except BufferError:  # librdkafka's queue is full: let it send
+            producer.poll(0.1)
+
+
+def _until_done(call: Callable[[], None], what: str) -> None:
+    """Repeats a call whose outcome is unknown: it may have happened, so it must not be given up."""
+    began = time.monotonic()
+    while True:
+        try:
+            call()
+            return
+        except KafkaException as error:
+            if not error.args[0].retriable():
+                raise
+            log.warning("%s goes on for %.0f s: %s", what, time.monotonic() - began, error.args[0].str())
+
+
+def _abort(producer: Producer, error: KafkaException, partitions: Iterable[Partition]) -> None:
+    """Ends a failed transaction. Always raises: Aborted, or Fenced or Stopped where this worker cannot go on."""
+    reason: KafkaError = error.args[0]
+    if reason.code() in FENCED_CODES:
+        raise Fenced(
+            f"another worker took over ({reason.str()}): give each worker its own --instance-id and --state-dir"
+        ) from error
+    if reason.fatal():
+        raise Stopped(f"the broker refuses the transaction for good: {reason.str()}") from error
+    try:
+        _until_done(lambda: producer.abort_transaction(ATTEMPT_TIMEOUT_S), "aborting")
+    except KafkaException as second:
+        code = second.args[0].code()
+        kind = Fenced if code in FENCED_CODES else Stopped
+        raise kind(f"the transaction could not be aborted: {second.args[0].str()}") from second
+    for partition in partitions:
+        partition.abort()
+    raise Aborted(reason.str()) from error

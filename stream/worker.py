@@ -1,0 +1,356 @@
+"""The loop of a worker: it polls, hands batches to the model, commits by time, and settles before a partition leaves.
+
+One loop owns poll, commit and shutdown; all else is told when to start and when to end. Decisions are made in reduce.py,
+written in transaction.py. The model works in a thread of its own, and the loop polls meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from confluent_kafka import Consumer, KafkaError, TopicPartition
+
+from state.changelog import Totals
+from state.partition import Fate
+from stream.assignment import Assignment, Restore
+from stream.errors import Fenced
+from stream.intake import Intake
+from stream.metrics import Metrics
+from stream.murmur2 import partitions_of
+from stream.reduce import Cancelled, Effects, Reduction, reduce_batch
+from stream.restore import Restored
+from stream.transaction import Aborted, Outlet, commit
+
+log = logging.getLogger(__name__)
+
+POLL_WAIT_S = 0.2
+# How long a look at the batch in the model may keep the loop from polling.
+PENDING_WAIT_S = 0.05
+# Effects are committed early when they weigh this much: they wait in memory until then.
+EFFECT_BYTES_MAX = 32 * 1024 * 1024
+# A partition that is taken away waits this long for the batch in the model; then the batch is given up. Far below
+# max.poll.interval.ms, which bounds how long the group waits for us.
+REVOKE_BUDGET_S = 20.0
+# /healthz: a loop that has not turned for this long is stuck.
+STUCK_AFTER_S = 120.0
+GAUGES_EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How a worker shares its time. commit_interval_s  between commits; batch_pairs  raw records in one batch."""
+
+    commit_interval_s: float
+    batch_pairs: int
+    stop_at_end: bool = False
+
+
+class Worker:
+    """A consumer group member that reduces the partitions it is given, until told to stop."""
+
+    def __init__(
+        self,
+        consumer: Consumer,
+        topic: str,
+        using: Reduction,
+        outlet: Outlet,
+        restore: Restore,
+        adopt: Callable[[Restored], None],
+        pace: Pace,
+        buffer_bytes: int,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.consumer, self.topic, self.using, self.outlet = consumer, topic, using, outlet
+        self.pace, self.metrics = pace, metrics
+        self.intake = Intake(consumer, topic, buffer_bytes, clock)
+        self.assignment = Assignment(self.intake, restore, self._restored)
+        self._adopt = adopt
+        self._clock = clock
+        self._effects = Effects()
+        self._effects_since: float | None = None
+        self._pending: Future[Effects] | None = None
+        self._give_up = threading.Event()
+        self._model_thread = ThreadPoolExecutor(1, "model")
+        self._stopping = threading.Event()
+        self._trouble: BaseException | None = None
+        self._turned_at = clock()
+        self._gauged_at = 0.0
+        self._warned_of_keys = False
+        self._counted = (0, 0)  # received records and bytes that the metrics know of
+        self._received_bytes = 0
+        self._committed: dict[int, tuple[int, Totals]] = {}  # partition → next offset and totals, as committed
+
+    # -- what others may ask -------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Drain: finish the batch in the model, commit, leave. From a signal handler or another thread."""
+        self._stopping.set()
+
+    @property
+    def healthy(self) -> bool:
+        return self._clock() - self._turned_at < STUCK_AFTER_S
+
+    @property
+    def ready(self) -> bool:
+        """Joined the group, and every partition that it gave is running."""
+        return self.assignment.joined and not self.assignment.restoring and not self._stopping.is_set()
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Works until `stop`. Raises Fenced, DataLoss, Stopped or TldrError where it cannot go on."""
+        try:
+            self.consumer.subscribe(
+                [self.topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+            )
+            while not self._stopping.is_set():
+                self._turn()
+            log.info("draining")
+            self._settle()
+        finally:
+            self._close()
+
+    def _turn(self) -> None:
+        self._turned_at = self._clock()
+        self.intake.poll(self._poll_wait_s())
+        if self._trouble is not None:
+            raise self._trouble
+        self.assignment.start_restored()
+        if self._pending is not None:
+            wait([self._pending], PENDING_WAIT_S)
+            if self._pending.done():
+                self._collect()
+        # The batch in the model changes the open transaction, so a commit waits for it: it ends at a batch boundary.
+        if self._pending is None:
+            if self._commit_is_due():
+                self._commit()
+            elif batch := self.intake.take(self.pace.batch_pairs):
+                self._submit(batch)
+            elif self.pace.stop_at_end and self._at_end():
+                self._stopping.set()
+        self._update_gauges()
+
+    def _poll_wait_s(self) -> float:
+        if self._pending is not None or len(self.intake) or self.assignment.restoring:
+            return 0.0 if not self.assignment.restoring or len(self.intake) else PENDING_WAIT_S
+        if self._effects_since is not None:
+            return max(0.0, min(POLL_WAIT_S, self._effects_since + self.pace.commit_interval_s - self._clock()))
+        return POLL_WAIT_S
+
+    def _submit(self, batch: list[Any]) -> None:
+        self._check_keys(batch)
+        self._give_up.clear()
+        running = dict(self.assignment.running)
+        self._pending = self._model_thread.submit(self._reduce, batch, running)
+
+    def _reduce(self, batch: list[Any], running: dict[int, Any]) -> Effects:
+        began = self._clock()
+        effects = self._effects
+        reduce_batch(batch, running, self.using, effects, self._give_up.is_set)
+        self.metrics.batch_seconds.observe(self._clock() - began)
+        return effects
+
+    def _collect(self) -> None:
+        """Takes over what the model's thread has done. Raises what it raised."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except Cancelled:
+            self._forget_effects()
+            return
+        if self._effects_since is None and not self._effects.empty:
+            self._effects_since = self._clock()
+
+    def _commit_is_due(self) -> bool:
+        if self._effects_since is None:
+            return False
+        late = self._clock() - self._effects_since >= self.pace.commit_interval_s
+        return late or self._effects.value_bytes >= EFFECT_BYTES_MAX
+
+    def _commit(self) -> None:
+        effects, self._effects, self._effects_since = self._effects, Effects(), None
+        if effects.empty:
+            return
+        began = self._clock()
+        try:
+            commit(effects, self.assignment.running, self.outlet)
+        except Aborted as error:
+            self.metrics.transactions.labels("aborted").inc()
+            log.warning("transaction aborted (%s): going back to what was committed", error)
+            self._go_back()
+            return
+        took = self._clock() - began
+        self.metrics.commit_seconds.observe(took)
+        self.metrics.transactions.labels("committed").inc()
+        self._count(effects)
+        self._remember_committed()
+        log.debug("committed %d records in %.3f s", effects.records, took)
+
+    def _settle(self, budget_s: float | None = None) -> None:
+        """Finishes the batch in the model and commits. After `budget_s` the batch is given up, and nothing of it happened."""
+        if self._pending is not None:
+            wait([self._pending], budget_s)
+            self._give_up.set()  # looked at between two stages
+            wait([self._pending])
+            self._collect()
+        self._commit()
+
+    def _forget_effects(self) -> None:
+        """Drops what is not committed, and consumes it again."""
+        self._effects, self._effects_since = Effects(), None
+        for partition in self.assignment.running.values():
+            partition.abort()
+        self._go_back()
+
+    def _go_back(self) -> None:
+        for number, partition in self.assignment.running.items():
+            self.intake.go_back(number, partition.next_offset or 0)
+
+    def _close(self) -> None:
+        self._give_up.set()
+        self._model_thread.shutdown(wait=True)
+        # A consumer that was fenced may refuse to leave; there is nothing left to lose.
+        with contextlib.suppress(Exception):
+            self.consumer.close()
+        self.assignment.close()
+
+    # -- the group's callbacks: they run inside poll, and must not raise -------------------------------------------------
+
+    def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        # Acknowledges the rebalance; each partition is consumed once its store is restored.
+        consumer.incremental_assign([])
+        self.assignment.assigned([tp.partition for tp in partitions])
+
+    def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        try:
+            self._settle(REVOKE_BUDGET_S)
+            self.assignment.revoked([tp.partition for tp in partitions])
+        except BaseException as error:
+            self._trouble = error
+            self.assignment.revoked([tp.partition for tp in partitions], lost=True)
+        consumer.incremental_unassign([])
+
+    def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        """The group took us for dead: another worker may own them already, so nothing more is committed."""
+        try:
+            self._give_up.set()
+            if self._pending is not None:
+                wait([self._pending])
+                with contextlib.suppress(Exception):
+                    self._collect()
+            self._forget_effects()
+        except BaseException as error:
+            self._trouble = error
+        self.assignment.revoked([tp.partition for tp in partitions], lost=True)
+        consumer.incremental_unassign([])
+
+    def _restored(self, number: int, restored: Restored) -> None:
+        self._adopt(restored)
+        self._remember_committed()
+        self.metrics.restore_seconds.observe(restored.seconds)
+        self.metrics.restored_records.inc(restored.records)
+
+    # -- watching ------------------------------------------------------------------------------------------------------
+
+    def _at_end(self) -> bool:
+        running = self.assignment.running
+        return bool(running) and self.ready and self._effects.empty and running.keys() <= self.intake.at_end.keys()
+
+    def _check_keys(self, batch: list[Any]) -> None:
+        """Counts records outside their key's murmur2 partition: ids are known only within a partition."""
+        keyed = [m for m in batch if m.key() is not None and m.value() is not None]
+        if not keyed:
+            return
+        homes = partitions_of([m.key() for m in keyed], self.outlet.partition_count)
+        misplaced = sum(int(home) != m.partition() for home, m in zip(homes, keyed, strict=True))
+        if misplaced:
+            self.metrics.misplaced_keys.inc(misplaced)
+            if not self._warned_of_keys:
+                self._warned_of_keys = True
+                log.warning(
+                    "%s holds keys outside their murmur2 partition: duplicates are found within a partition only; "
+                    "produce with `partitioner=murmur2_random`",
+                    self.topic,
+                )
+
+    def _count(self, effects: Effects) -> None:
+        metrics = self.metrics
+        for codes in effects.codes.values():
+            for fate in Fate:
+                count = codes.fates.count(fate)
+                if count:
+                    metrics.fates.labels(fate.name.lower()).inc(count)
+            metrics.removed.inc(len(codes.removed))
+        metrics.fates.labels("dead").inc(len(effects.dead))
+        for letter in effects.dead:
+            metrics.dead_letters.labels(letter.reason).inc()
+        metrics.images.inc(effects.images)
+        metrics.captions.inc(effects.captions)
+        for stage, seconds in effects.seconds.items():
+            metrics.stage_seconds.labels(stage).inc(seconds)
+        for score in effects.itm_raw:
+            metrics.itm_raw.observe(score)
+        for score in effects.itm_refined:
+            metrics.itm_refined.observe(score)
+
+    def _update_gauges(self) -> None:
+        now = self._clock()
+        if now - self._gauged_at < GAUGES_EVERY_S:
+            return
+        self._gauged_at = now
+        metrics, intake = self.metrics, self.intake
+        metrics.buffer_bytes.set(intake.buffered_bytes)
+        metrics.payload_bytes.inc(intake.received_bytes - self._counted[1])
+        self._counted = (intake.received, intake.received_bytes)
+        metrics.partitions.labels("running").set(len(self.assignment.running))
+        metrics.partitions.labels("restoring").set(len(self.assignment.restoring))
+        metrics.lag.clear()
+        metrics.reduced_set.clear()
+        metrics.store_bytes.clear()
+        # What was committed last, remembered: the store itself belongs to the model's thread while that works.
+        for number, (next_offset, totals) in self._committed.items():
+            if number not in self.assignment.running:
+                continue
+            label = str(number)
+            metrics.reduced_set.labels(label).set(totals.kept - totals.evicted - totals.removed)
+            with contextlib.suppress(OSError):
+                metrics.store_bytes.labels(label).set((self._store_file(number)).stat().st_blocks * 512)
+            with contextlib.suppress(Exception):  # not known before the first fetch
+                _, end = self.consumer.get_watermark_offsets(TopicPartition(self.topic, number), cached=True)
+                metrics.lag.labels(label).set(max(0, end - next_offset))
+
+    def _remember_committed(self) -> None:
+        self._committed = {
+            number: (partition.next_offset or 0, partition.totals)
+            for number, partition in self.assignment.running.items()
+        }
+
+    def _store_file(self, number: int) -> Path:
+        return Path(self.assignment.running[number].store.path) / "data.mdb"
+
+    def on_statistics(self, text: str) -> None:
+        """librdkafka's own count of what it received: refetches show here (the Kafka setting statistics.interval.ms)."""
+        received = json.loads(text).get("rxmsg_bytes", 0)
+        self.metrics.received_bytes.inc(max(0, received - self._received_bytes))
+        self._received_bytes = received
+
+    def on_error(self, error: KafkaError) -> None:
+        """Broker trouble, said once it comes; the clients go on trying by themselves."""
+        if error.code() in (KafkaError._FENCED, KafkaError.FENCED_INSTANCE_ID):
+            self._trouble = Fenced(
+                f"another worker uses this instance id ({error.str()}): give each its own --instance-id"
+            )
+        else:
+            log.warning("Kafka: %s; trying on", error.str())
