@@ -72,7 +72,9 @@ class Intake:
         elif self._paused and self.buffered_bytes <= self.bytes_max * (1 - RESUME_SHARE):
             self._resume()
         try:
-            messages = self.consumer.consume(FETCH_MESSAGES, wait_s)
+            # consume(n, t) waits for n messages or the whole of t; poll returns with the first.
+            head = self.consumer.poll(wait_s)
+            messages = [] if head is None else [head, *self.consumer.consume(FETCH_MESSAGES - 1, 0)]
         except KafkaException as failure:
             self._refuse(failure.args[0], None)
             messages = []

@@ -6,6 +6,7 @@ depends on ours; their values never appear in a message or a log.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -40,6 +41,7 @@ Config = dict[str, Any]
 # "a broker that is not there (within 10 s)": what a command waits for the first answer.
 CONNECT_TIMEOUT_S = 8.0
 REQUEST_TIMEOUT_S = 30.0
+POLL_WAIT_S = 0.2
 # The largest record we read or write; the broker's own message.max.bytes may be lower.
 RECORD_BYTES_MAX = 32 * 1024 * 1024
 
@@ -92,8 +94,9 @@ class Connection:
         fixed = {key.replace("_", "."): value for key, value in ours.items()}
         return {**defaults, **self.settings, "bootstrap.servers": self.bootstrap_servers, **fixed}
 
+    @functools.cached_property
     def admin(self) -> AdminClient:
-        """An admin client; hold on to it until its futures are done, since they die with it."""
+        """The admin client, one a connection: its futures die with it, and a new one takes a tenth of a second to connect."""
         return AdminClient(self.config(), logger=_quiet)
 
     def reader(self, group: str = "tldr-stream-reader", **ours: Any) -> Consumer:
@@ -106,6 +109,7 @@ class Connection:
             auto_offset_reset="error",
             enable_partition_eof=True,
             fetch_message_max_bytes=RECORD_BYTES_MAX,
+            fetch_wait_max_ms=20,  # the end of a partition is told only after this wait
             **ours,
         )
         return Consumer(config, logger=_quiet)
@@ -137,7 +141,7 @@ def partition_counts(connection: Connection, topics: Iterable[str]) -> dict[str,
 
 def _metadata(connection: Connection) -> dict[str, Any]:
     try:
-        topics: dict[str, Any] = connection.admin().list_topics(timeout=CONNECT_TIMEOUT_S).topics
+        topics: dict[str, Any] = connection.admin.list_topics(timeout=CONNECT_TIMEOUT_S).topics
     except KafkaException as error:
         raise Unavailable(
             f"no Kafka broker answers at {connection.bootstrap_servers} ({error.args[0].str()}): start one, or give "
@@ -151,8 +155,7 @@ def topic_id(connection: Connection, topic: str) -> str:
     from confluent_kafka import TopicCollection
 
     try:
-        admin = connection.admin()
-        described = admin.describe_topics(TopicCollection([topic]), request_timeout=REQUEST_TIMEOUT_S)
+        described = connection.admin.describe_topics(TopicCollection([topic]), request_timeout=REQUEST_TIMEOUT_S)
         return str(described[topic].result().topic_id)
     except KafkaException as error:
         raise TldrError(f"cannot describe topic {topic}: {error.args[0].str()}") from error
@@ -174,8 +177,7 @@ def create_missing(connection: Connection, topics: Mapping[str, Mapping[str, str
     if not missing:
         return []
     created = []
-    admin = connection.admin()
-    for name, done in admin.create_topics(missing, request_timeout=REQUEST_TIMEOUT_S).items():
+    for name, done in connection.admin.create_topics(missing, request_timeout=REQUEST_TIMEOUT_S).items():
         try:
             done.result()
             created.append(name)
@@ -194,8 +196,7 @@ def topic_setting(connection: Connection, topic: str, name: str) -> str | None:
     """One setting of a topic as the broker has it now, None where it has none."""
     resource = ConfigResource(ResourceType.TOPIC, topic)
     try:
-        admin = connection.admin()
-        done = admin.describe_configs([resource], request_timeout=REQUEST_TIMEOUT_S)
+        done = connection.admin.describe_configs([resource], request_timeout=REQUEST_TIMEOUT_S)
         entry = done[resource].result().get(name)
     except KafkaException as error:
         raise TldrError(f"cannot read the settings of topic {topic}: {error.args[0].str()}") from error
@@ -226,8 +227,7 @@ def _offsets(
     if not asked:
         return {}
     try:
-        admin = connection.admin()
-        done = admin.list_offsets(asked, isolation_level=level, request_timeout=REQUEST_TIMEOUT_S)
+        done = connection.admin.list_offsets(asked, isolation_level=level, request_timeout=REQUEST_TIMEOUT_S)
         return {tp.partition: result.result().offset for tp, result in done.items()}
     except KafkaException as error:
         raise Unavailable(f"cannot list the offsets of {topic}: {error.args[0].str()}") from error
@@ -239,11 +239,10 @@ def group_offsets(connection: Connection, group: str, topic: str) -> dict[int, i
     Waits for transactions that hold offsets of the group (`require_stable`): their outcome is the answer.
     Raises Unavailable if they do not end within REQUEST_TIMEOUT_S.
     """
-    admin = connection.admin()
     deadline = time.monotonic() + REQUEST_TIMEOUT_S
     while True:
         asked = [ConsumerGroupTopicPartitions(group)]
-        done = admin.list_consumer_group_offsets(asked, require_stable=True, request_timeout=REQUEST_TIMEOUT_S)
+        done = connection.admin.list_consumer_group_offsets(asked, require_stable=True, request_timeout=REQUEST_TIMEOUT_S)
         try:
             found = done[group].result().topic_partitions or []
             return {tp.partition: tp.offset for tp in found if tp.topic == topic and tp.offset >= 0}
@@ -281,7 +280,9 @@ def read_partition(
         position, moved_at = start, time.monotonic()
         while position < end and not cancelled():
             messages: list[Message] = []
-            for message in reader.consume(batch, 0.5):
+            # consume(n, t) waits for n records or the whole of t; poll returns with the first.
+            head = reader.poll(POLL_WAIT_S)
+            for message in [] if head is None else [head, *reader.consume(batch - 1, 0)]:
                 error = message.error()
                 if error is None:
                     if message.offset() < end:
