@@ -46,6 +46,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 SchemaRegistry = Annotated[
     str | None, typer.Option(help="Confluent Schema Registry URL; records are then framed in its wire format.")
 ]
+SchemaRegistryProperties = Annotated[
+    Path | None, typer.Option(help="File of the registry client's settings, key=value a line; never shown anywhere.")
+]
 Schemas = Annotated[
     list[Path] | None, typer.Option(help="Folder of further Avro schemas (*.avsc) of other versions; repeatable.")
 ]
@@ -199,6 +202,88 @@ def consume(
             stop_at_end=stop_at_end,
         )
     )
+
+
+@app.command(cls=JobCommand)
+def ingest(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A .tar or .parquet file, a folder of them or of images with captions, or a pattern of these."
+        ),
+    ],
+    topic: Topic,
+    partitions: Annotated[
+        int | None, typer.Option(help="Partitions of the topic if it is created here.  [default: 4]", min=1)
+    ] = None,
+    field: Annotated[
+        list[str] | None,
+        typer.Option(help="Where the source has id, caption, image or image_uri, e.g. caption=alt; repeatable."),
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Send everything once more, acknowledged or not.")] = False,
+    journal: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the journals of what was sent.  [default: $XDG_STATE_HOME/tldr-stream-ingest]"),
+    ] = None,
+    bad_entries: Annotated[
+        Path | None, typer.Option(help="File for the list of entries that are no pairs.  [default: beside the journal]")
+    ] = None,
+    bootstrap_servers: BootstrapServers = DEFAULT_BOOTSTRAP,
+    kafka: KafkaSettings = None,
+    kafka_properties: KafkaProperties = None,
+    schema_registry: SchemaRegistry = None,
+    schema_registry_properties: SchemaRegistryProperties = None,
+    json: Json = False,
+) -> None:
+    """Send image-text pairs from files to the raw topic, each once; run it again and it goes on where it stopped.
+
+    Example: tldr-stream ingest './crawl/{00000..00099}.tar' --topic raw-pairs --partitions 8
+    """
+    from stream.ingest import IngestOptions
+    from stream.ingest import ingest as job
+    from stream.kafka import Connection
+    from stream.results import show
+
+    registry = None
+    if schema_registry or schema_registry_properties:
+        from stream.schema_registry import open_registry
+
+        registry = open_registry(schema_registry, schema_registry_properties)
+    options = IngestOptions(
+        connection=Connection.of(bootstrap_servers, kafka or (), kafka_properties),
+        source=source,
+        topic=topic,
+        partitions=partitions,
+        fields=field or (),
+        again=again,
+        journal=journal,
+        bad_entries=bad_entries,
+        registry=registry,
+    )
+    show(job(options), json)
+
+
+@app.command(cls=JobCommand)
+def forget(
+    topic: Topic,
+    ids: Annotated[list[str] | None, typer.Argument(metavar="ID...", help="Ids of the pairs.")] = None,
+    ids_file: Annotated[Path | None, typer.Option(help="File of further ids, one a line.")] = None,
+    bootstrap_servers: BootstrapServers = DEFAULT_BOOTSTRAP,
+    kafka: KafkaSettings = None,
+    kafka_properties: KafkaProperties = None,
+    json: Json = False,
+) -> None:
+    """Take pairs out again, everywhere and for good: a null value under each id, in every partition of the topic.
+
+    Example: tldr-stream forget https://example.org/cat.jpg --topic raw-pairs
+    """
+    from stream.forget import forget as job
+    from stream.forget import read_ids
+    from stream.kafka import Connection
+    from stream.results import show
+
+    connection = Connection.of(bootstrap_servers, kafka or (), kafka_properties)
+    show(job(connection, topic, read_ids(ids or [], ids_file)), json)
 
 
 def commands() -> dict[str, Any]:
