@@ -6,8 +6,9 @@ Must not know what is in a bundle beyond its manifest's version and space.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from confluent_kafka import KafkaException
 
@@ -19,7 +20,8 @@ from stream.topics import BUNDLES
 DELIVERY_TIMEOUT_S = 30.0
 
 
-class Announcement(NamedTuple):
+@dataclass(frozen=True)
+class Announcement:
     """A bundle that workers may use (schemas/BundleAnnouncement.avsc)."""
 
     version: str
@@ -28,6 +30,9 @@ class Announcement(NamedTuple):
     stream: str
     created_ms: int
 
+    def lines(self) -> Iterable[str]:
+        yield f"announced bundle {self.version[:12]} at {self.uri} to {self.stream or 'any stream'}"
+
 
 def announce(connection: Connection, uri: str, version: str, space: str, stream: str = "") -> Announcement:
     """Announces the bundle at `uri` to the workers of `stream` ("" = of any). Creates the topic if it is missing."""
@@ -35,7 +40,7 @@ def announce(connection: Connection, uri: str, version: str, space: str, stream:
     announcement = Announcement(version, uri, space, stream, int(time.time() * 1000))
     producer = connection.producer(acks="all")
     try:
-        producer.produce(BUNDLES, Codec("BundleAnnouncement").encode(announcement._asdict()), version.encode(), 0)
+        producer.produce(BUNDLES, Codec("BundleAnnouncement").encode(asdict(announcement)), version.encode(), 0)
         if producer.flush(DELIVERY_TIMEOUT_S):
             raise Unavailable(
                 f"the bundle {version[:12]} was not announced within {DELIVERY_TIMEOUT_S:.0f} s: try again"
@@ -43,6 +48,14 @@ def announce(connection: Connection, uri: str, version: str, space: str, stream:
     except KafkaException as error:
         raise Unavailable(f"the bundle {version[:12]} was not announced: {error.args[0].str()}") from error
     return announcement
+
+
+def announce_folder(connection: Connection, folder: Path, stream: str = "") -> Announcement:
+    """Announces the bundle in `folder`, which must be whole. Raises BundleError otherwise."""
+    from models.bundle import read_manifest
+
+    manifest = read_manifest(folder)
+    return announce(connection, str(folder.resolve()), manifest.version, manifest.space, stream)
 
 
 def announced(connection: Connection) -> list[Announcement]:

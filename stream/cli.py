@@ -286,6 +286,54 @@ def forget(
     show(job(connection, topic, read_ids(ids or [], ids_file)), json)
 
 
+@app.command(cls=JobCommand)
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo leaves; emptied first.")] = Path("demo"),
+    corpus: Annotated[
+        Path | None, typer.Option(help="Folder of WebDataset shards.  [default: the checkout's corpus/sample]")
+    ] = None,
+    bundle: Annotated[Path | None, typer.Option(help="Model bundle.  [default: the checkout's bundles/sample]")] = None,
+    json: Json = False,
+) -> None:
+    """Run the whole service on this machine, on real images; one of two workers is killed in the middle.
+
+    Example: tldr-stream demo --out ./demo
+    """
+    from stream.demo import demo as job
+    from stream.errors import Stopped
+
+    from stream.results import show
+
+    result = job(out, corpus, bundle)
+    show(result, json)
+    if result.problems:
+        raise Stopped(f"the demo did not show what it must: {'; '.join(result.problems)}")
+
+
+bundle_app = typer.Typer(no_args_is_help=True, help="Model bundles: announce one to the workers.")
+app.add_typer(bundle_app, name="bundle", cls=JobGroup)
+
+
+@bundle_app.command("announce", cls=JobCommand)
+def bundle_announce(
+    folder: Annotated[Path, typer.Argument(help="Folder of the bundle, as the workers see it.")],
+    stream: Annotated[str, typer.Option(help="Only for the workers of this stream.  [default: of any]")] = "",
+    bootstrap_servers: BootstrapServers = DEFAULT_BOOTSTRAP,
+    kafka: KafkaSettings = None,
+    kafka_properties: KafkaProperties = None,
+    json: Json = False,
+) -> None:
+    """Announce a bundle: workers that start without --bundle take the newest one announced.
+
+    Example: tldr-stream bundle announce ./bundles/sample
+    """
+    from stream.bundles import announce_folder
+    from stream.kafka import Connection
+    from stream.results import show
+
+    show(announce_folder(Connection.of(bootstrap_servers, kafka or (), kafka_properties), folder, stream), json)
+
+
 def commands() -> dict[str, Any]:
     """Our commands by name, for the `typer` executable (stream/__init__.py)."""
     return dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]

@@ -1,0 +1,45 @@
+# tldr-stream: `make demo` runs the whole service on this machine, `make test` tests it. Both set up what they need.
+# Prerequisites: Python 3.11 or later, a JDK 17 or later, Maven, make.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+export OMP_WAIT_POLICY := passive
+export OPENBLAS_NUM_THREADS := 1
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
+
+demo: setup ## the whole service on real images: broker, ingest, two workers, one killed; snapshot, verify, report
+	$(BIN)/python -m stream demo --out demo
+
+test: check tests ## lint, types and all tests (under 15 minutes on two cores)
+
+check: setup ## lint and types only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+tests: setup ## the tests only
+	$(BIN)/python -m pytest
+
+setup: .build/venv .build/kafka/ready ## virtual environment and local Kafka (network needed the first time)
+
+kafka: .build/kafka/ready ## the jars of the local Kafka
+
+.build/venv: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tldr-stream needs Python 3.11 or later")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "installing the dependencies: PyTorch's ordinary wheel brings its CUDA parts, several GB"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@mkdir -p .build && touch $@
+
+.build/kafka/ready: deploy/kafka/pom.xml
+	mvn -q -B -f $< dependency:copy-dependencies -DincludeScope=runtime -DoutputDirectory=$(CURDIR)/.build/kafka
+	@touch $@
+
+clean: ## remove what demo and tests left behind; the environment and Kafka's jars stay
+	rm -rf demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.PHONY: help demo test check tests setup kafka clean
