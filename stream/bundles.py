@@ -18,6 +18,8 @@ from stream.records import Codec
 from stream.topics import BUNDLES
 
 DELIVERY_TIMEOUT_S = 30.0
+# A model names its bundle by so much of the content's SHA-256 (models/model.py).
+VERSION_CHARACTERS = 16
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def announce_folder(connection: Connection, folder: Path, stream: str = "") -> A
     from models.bundle import read_manifest
 
     manifest = read_manifest(folder)
-    return announce(connection, str(folder.resolve()), manifest.version, manifest.space, stream)
+    return announce(connection, str(folder.resolve()), manifest.version[:VERSION_CHARACTERS], manifest.space, stream)
 
 
 def announced(connection: Connection) -> list[Announcement]:
