@@ -236,8 +236,9 @@ def _read_tar(
     """WebDataset's convention: consecutive members of one name up to its first dot are one entry."""
     seen: dict[str, int] = {}
     known: dict[str, Entry] | None = None
+    truncated = path.endswith(".tar") and not _has_end(fs, path, shard.bytes_total)
     with fs.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as tar:
-        for key, members in _groups(tar):
+        for key, members in _groups(tar, truncated):
             shard.bytes_read = min(file.tell(), shard.bytes_total)
             if sidecar and isinstance(members, dict) and "json" not in members:
                 known = _rows_by_key(fs, sidecar) if known is None else known
@@ -249,7 +250,14 @@ def _read_tar(
             yield _entry(place if not seen_before else f"{place}#{seen_before + 1}", members, naming)
 
 
-def _groups(tar: tarfile.TarFile) -> Iterator[tuple[str, Entry | _NotAPair]]:
+def _has_end(fs: fsspec.AbstractFileSystem, path: str, size: int) -> bool:
+    """Whether the archive ends with a block of zeros: tarfile takes one that was cut off for complete."""
+    with fs.open(path, "rb") as file:
+        file.seek(max(0, size - tarfile.BLOCKSIZE))
+        return size % tarfile.BLOCKSIZE == 0 and not any(file.read())
+
+
+def _groups(tar: tarfile.TarFile, truncated: bool) -> Iterator[tuple[str, Entry | _NotAPair]]:
     key: str | None = None
     members: Entry = {}
     problem: _NotAPair | None = None
@@ -273,6 +281,8 @@ def _groups(tar: tarfile.TarFile) -> Iterator[tuple[str, Entry | _NotAPair]]:
         if len(data) != member.size:
             raise tarfile.ReadError(f"{member.name} ends after {len(data)} of {member.size} bytes")
         members[extension] = data
+    if truncated:  # the last entry may lack a member, and with it its id
+        raise tarfile.ReadError("the archive is cut off")
     if key is not None:
         yield key, problem or members
 
