@@ -1,0 +1,57 @@
+"""Device, threads and number format of this process, decided once, and the fingerprint of what they do to floats.
+
+Floats differ by machine, batch shape, thread count and version. A worker compares its fingerprint with the bundle's and
+warns; what it computed is recorded in any case, so that nothing has to be computed twice.
+"""
+
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+# Must stand in the environment before numpy, torch or faiss are imported: each brings an OpenMP whose threads otherwise
+# spin after every call and stall the other's next one by 5-15 ms.
+THREAD_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "OPENBLAS_NUM_THREADS": "1"}
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """`name`, or the first GPU, or the CPU. Matrix products keep full float32 precision (no TF32)."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False  # chooses kernels by time: another one on another day
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def fingerprint(device: torch.device, batch: int) -> dict[str, str]:
+    """What can change the last bits of a result."""
+    known = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "dtype": "float32",
+        "batch": str(batch),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        "tf32": str(torch.backends.cuda.matmul.allow_tf32).lower(),
+        "torch": torch.__version__,
+        "mkldnn": str(torch.backends.mkldnn.is_available()).lower(),
+    }
+    if device.type == "cuda":
+        known["cuda"] = str(torch.version.cuda)
+    return known
+
+
+def missing_thread_settings() -> dict[str, str]:
+    """The variables of THREAD_ENVIRONMENT that this process was started without."""
+    return {name: value for name, value in THREAD_ENVIRONMENT.items() if os.environ.get(name) != value}
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[torch.Generator]:
+    """A generator from `seed`; torch's global one is seeded too, and put back afterwards."""
+    before = torch.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        yield torch.Generator().manual_seed(seed)
+    finally:
+        torch.set_rng_state(before)

@@ -1,0 +1,148 @@
+"""A bundle's files ⇄ the networks they hold, and the model that the stream works with."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from models.bundle import Manifest
+from models.captioner import Captioner, CaptionerConfig
+from models.captioning import generate
+from models.clustering import Clustering
+from models.device import choose_device, fingerprint
+from models.encoding import BATCH, PaddedEncoder
+from models.errors import BundleError, ModelError
+from models.images import decode
+from models.matching import MatchingHead, match
+from models.model import Pixels, Vectors
+from models.vocabulary import Vocabulary
+
+# The output layer shares its weights with the input embeddings; safetensors stores no tensor twice.
+TIED = ("bert.cls.predictions.decoder.weight", "bert.cls.predictions.decoder.bias")
+
+
+class CaptionerParts:
+    """Captioner, vocabulary and matching head, to and from the files of a bundle."""
+
+    def __init__(self, captioner: Captioner, vocabulary: Vocabulary, matching: MatchingHead) -> None:
+        self.captioner = captioner
+        self.vocabulary = vocabulary
+        self.matching = matching
+
+    def contents(self) -> dict[str, bytes]:
+        """File name → bytes. Encoder and decoder in half precision; what decides an index vector in full."""
+        decoder = {k: v for k, v in self.captioner.decoder.state_dict().items() if k not in TIED}
+        return {
+            "encoder.safetensors": _saved(self.captioner.encoder.state_dict(), torch.float16),
+            "codebook.safetensors": _saved(self.captioner.quantiser.state_dict(), torch.float32),
+            "decoder.safetensors": _saved(decoder, torch.float16),
+            "matching.safetensors": _saved(self.matching.state_dict(), torch.float32),
+            "tokenizer.json": self.vocabulary.tokenizer.to_str().encode(),
+        }
+
+    @staticmethod
+    def of(manifest: Manifest, contents: Mapping[str, bytes]) -> "CaptionerParts":
+        """The networks, on the CPU. Raises BundleError where tensors and configuration do not belong together."""
+        try:
+            captioner = Captioner(CaptionerConfig(**manifest.data["config"]))
+            vocabulary = Vocabulary(Tokenizer.from_str(contents["tokenizer.json"].decode()))
+            config = captioner.config
+            matching = MatchingHead(config.codes, config.code_width, config.vocabulary)
+        except (TypeError, ValueError, KeyError, ModelError) as error:
+            raise BundleError(f"the bundle's configuration is of another version of this software: {error}") from error
+        _load(captioner.encoder, contents, "encoder.safetensors")
+        _load(captioner.quantiser, contents, "codebook.safetensors")
+        _load(captioner.decoder, contents, "decoder.safetensors", may_miss=TIED)
+        _load(matching, contents, "matching.safetensors")
+        return CaptionerParts(captioner.eval(), vocabulary, matching.eval())
+
+
+def clusters_content(clustering: Clustering) -> bytes:
+    """clusters.safetensors of a bundle."""
+    return save_arrays({"centroids": clustering.centroids, "centre": clustering.centre, "axes": clustering.axes})
+
+
+class LoadedModel:
+    """models.model.PairModel of a bundle: what each method promises stands there."""
+
+    def __init__(self, manifest: Manifest, parts: CaptionerParts, clustering: Clustering, device: torch.device) -> None:
+        self.manifest = manifest
+        self.version = manifest.version[:16]
+        self.space = manifest.space
+        self.tokens = parts.captioner.config.tokens
+        self.codebook_size = parts.captioner.config.codes
+        self.clusters = len(clustering.centroids)
+        gate = manifest.data.get("gate")
+        self.gate: float | None = None if gate is None else float(gate)
+        self.batch = BATCH
+        self.fingerprint = fingerprint(device, BATCH)
+        self._side = parts.captioner.config.side
+        self._captioner = parts.captioner.to(device).eval()
+        self._vocabulary = parts.vocabulary
+        self._matching = parts.matching.to(device).eval()
+        self._clustering = clustering
+        self._encoder = PaddedEncoder(parts.captioner, device)
+
+    @staticmethod
+    def of(manifest: Manifest, contents: Mapping[str, bytes], device: str | None = None) -> "LoadedModel":
+        """From the checked files of a bundle."""
+        parts = CaptionerParts.of(manifest, contents)
+        try:
+            arrays = load_arrays(contents["clusters.safetensors"])
+            codebook = parts.captioner.quantiser.codebook.codes.numpy()
+            clustering = clustering_of(manifest.data["clustering"], arrays, codebook)
+        except (KeyError, SafetensorError) as error:
+            raise BundleError(f"clusters.safetensors is not what this version of the software reads: {error}") from error
+        return LoadedModel(manifest, parts, clustering, choose_device(device))
+
+    def decode(self, image: bytes) -> Pixels:
+        """(S, S, 3) RGB."""
+        return decode(image, self._side)
+
+    def encode(self, pixels: Sequence[Pixels]) -> Vectors:
+        """(n, L) index vectors."""
+        return self._encoder.vectors(pixels)
+
+    def assign(self, vectors: Vectors) -> NDArray[np.int32]:
+        """(n,) clusters."""
+        return self._clustering.assign(vectors)
+
+    def match(self, vectors: Vectors, captions: Sequence[str]) -> NDArray[np.float32]:
+        """(n,) scores in [0, 1]."""
+        return match(self._matching, self._vocabulary, self._captioner.quantiser.codebook.codes, vectors, captions)
+
+    def caption(self, vectors: Vectors) -> list[str]:
+        """One generated caption a row."""
+        return generate(self._captioner, self._vocabulary, vectors)
+
+
+def clustering_of(about: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], codebook: NDArray[np.float32]) -> Clustering:
+    """The clustering of a bundle: its arrays, its form, and the grid of its codebook."""
+    from models.clustering import GRID
+
+    grid = np.rint(codebook.astype(np.float64) * GRID["mean"])
+    return Clustering(about["form"], arrays["centroids"], grid, arrays["centre"], arrays["axes"])
+
+
+def _saved(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> bytes:
+    plain = {k: v.detach().cpu().to(dtype).contiguous() if v.is_floating_point() else v.cpu() for k, v in tensors.items()}
+    return bytes(save_tensors(plain))
+
+
+def _load(module: nn.Module, contents: Mapping[str, bytes], name: str, may_miss: Sequence[str] = ()) -> None:
+    try:
+        tensors = {k: v.float() if v.is_floating_point() else v for k, v in load_tensors(contents[name]).items()}
+        result = module.load_state_dict(tensors, strict=False)
+    except (KeyError, SafetensorError, RuntimeError) as error:
+        raise BundleError(f"{name} does not fit the bundle's configuration: {' '.join(str(error).split())[:200]}") from error
+    if wrong := [k for k in [*result.missing_keys, *result.unexpected_keys] if k not in may_miss]:
+        raise BundleError(f"{name} does not fit the bundle's configuration: tensor {wrong[0]} is missing or unknown")

@@ -1,0 +1,47 @@
+"""What the stream may ask of a model: five steps, each a function of its arguments alone. Knows no network library.
+
+Everything after `encode` is a function of the index vector, since the decoder sees the quantised tokens (paper §3.2): an
+image is encoded once, and what was recorded is enough to decide everything again.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Pixels: TypeAlias = NDArray[np.uint8]  # (S, S, 3) RGB
+Vectors: TypeAlias = NDArray[np.uint16]  # (n, L) codebook indices
+
+
+class PairModel(Protocol):
+    """A loaded bundle, or something that behaves like one."""
+
+    version: str  # hash of the bundle's content: hex, 16 characters
+    space: str  # hash of encoder, codebook and gate: bundles of one space can replace each other in a running stream
+    tokens: int  # L
+    codebook_size: int  # K
+    clusters: int  # N
+    gate: float | None  # the bundle's ITM threshold, used only where the rule asks for it
+    batch: int  # the one padded batch shape of the encoder
+    fingerprint: dict[str, str]  # device, dtype, threads, versions … of this process
+
+    def decode(self, image: bytes) -> Pixels:
+        """(S, S, 3) RGB. Thread safe. Raises models.errors.BadImage."""
+        ...
+
+    def encode(self, pixels: Sequence[Pixels]) -> Vectors:
+        """(n, L) index vectors; an image's vector does not depend on the others or on its place among them."""
+        ...
+
+    def assign(self, vectors: Vectors) -> NDArray[np.int32]:
+        """(n,) clusters in [0, N): a pure function of each row."""
+        ...
+
+    def match(self, vectors: Vectors, captions: Sequence[str]) -> NDArray[np.float32]:
+        """(n,) image-text matching scores in [0, 1]."""
+        ...
+
+    def caption(self, vectors: Vectors) -> list[str]:
+        """T_g, one generated caption a row."""
+        ...

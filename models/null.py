@@ -1,0 +1,73 @@
+"""A model that hashes instead of looking: same interface, no torch, millions of images an hour on one core.
+
+For tests of the stream, benchmarks of everything but the GPU, and dry runs of a deployment. Deterministic: the same image
+bytes give the same vector, cluster and caption everywhere. Image bytes that start with `BAD` cannot be decoded.
+"""
+
+import hashlib
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.errors import BadImage
+from models.model import Pixels, Vectors
+
+SIDE = 4  # 4 × 4 × 3 = 48 bytes: the "pixels" are the digest
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+class NullModel:
+    """models.model.PairModel without a model."""
+
+    def __init__(
+        self, tokens: int = 196, codebook_size: int = 3000, clusters: int = 3000, gate: float | None = 0.5, batch: int = 256,
+    ) -> None:  # fmt: skip
+        self.tokens = tokens
+        self.codebook_size = codebook_size
+        self.clusters = clusters
+        self.gate = gate
+        self.batch = batch
+        self.space = hashlib.sha256(f"null/{tokens}/{codebook_size}/{gate}".encode()).hexdigest()
+        self.version = hashlib.sha256(f"{self.space}/{clusters}".encode()).hexdigest()[:16]
+        self.fingerprint = {"device": "none", "batch": str(batch)}
+
+    def decode(self, image: bytes) -> Pixels:
+        """The digest of the bytes. Raises BadImage for none, and for those that start with b"BAD"."""
+        if not image or image.startswith(b"BAD"):
+            raise BadImage("not-an-image", f"{len(image)} bytes that are empty or planted as bad")
+        return np.frombuffer(hashlib.blake2b(image, digest_size=SIDE * SIDE * 3).digest(), np.uint8).reshape(SIDE, SIDE, 3)
+
+    def encode(self, pixels: Sequence[Pixels]) -> Vectors:
+        """(n, L) uniform indices, each a hash of the digest and of its place."""
+        if not len(pixels):
+            return np.empty((0, self.tokens), np.uint16)
+        seeds = np.ascontiguousarray(np.stack(pixels).reshape(len(pixels), -1)[:, :8]).view(np.uint64)
+        places = np.arange(1, self.tokens + 1, dtype=np.uint64) * GOLDEN
+        return (_mixed(seeds + places) % np.uint64(self.codebook_size)).astype(np.uint16)
+
+    def assign(self, vectors: Vectors) -> NDArray[np.int32]:
+        """(n,) a hash of each row."""
+        return (self._row_hashes(vectors) % np.uint64(self.clusters)).astype(np.int32)
+
+    def match(self, vectors: Vectors, captions: Sequence[str]) -> NDArray[np.float32]:
+        """(n,) a hash of row and caption, uniform in [0, 1)."""
+        words = np.array([zlib.crc32(c.encode("utf-8", "surrogatepass")) for c in captions], np.uint64)
+        mixed = _mixed(self._row_hashes(vectors) + words * GOLDEN)
+        return (mixed >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
+
+    def caption(self, vectors: Vectors) -> list[str]:
+        """The row's first codes as words."""
+        return [f"codes {' '.join(map(str, row))}" for row in vectors[:, :4].tolist()]
+
+    def _row_hashes(self, vectors: Vectors) -> NDArray[np.uint64]:
+        weights = _mixed(np.arange(1, vectors.shape[1] + 1, dtype=np.uint64) * GOLDEN)
+        return _mixed((vectors * weights).sum(1, dtype=np.uint64))
+
+
+def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of splitmix64 (Steele et al. 2014); multiplication wraps by design."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,80 @@
+"""Assignment is a pure function of one index vector."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.clustering import FORMS, Clustering, fit
+from models.errors import BundleError, CorpusError
+
+RNG = np.random.default_rng(5)
+CODES = RNG.normal(size=(40, 8)).astype(np.float32)
+# four kinds of image: each uses its own ten codes
+KINDS = RNG.integers(4, size=300)
+VECTORS = (KINDS[:, None] * 10 + RNG.integers(10, size=(300, 12))).astype(np.uint16)
+FITTED = {form: fit(VECTORS, CODES, 6, form) for form in FORMS}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(cuts=st.lists(st.integers(0, 300), max_size=8), order=st.randoms(use_true_random=False))
+@settings(max_examples=25, deadline=None)
+def test_assignment_does_not_depend_on_the_batch(form: str, cuts: list[int], order: object) -> None:
+    whole = FITTED[form].assign(VECTORS)
+    shuffled = np.arange(300)
+    order.shuffle(shuffled)  # type: ignore[attr-defined]
+
+    parts = np.concatenate([FITTED[form].assign(p) for p in np.split(VECTORS[shuffled], sorted(cuts))])
+
+    assert (parts == whole[shuffled]).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_assignment_is_the_nearest_centroid_of_a_slow_loop(form: str) -> None:
+    clustering = FITTED[form]
+    features = clustering.features(VECTORS[:50]).astype(int).tolist()
+    centroids = clustering.centroids.astype(int).tolist()
+
+    expected = []
+    for x in features:
+        distances = [sum((a - b) ** 2 for a, b in zip(x, c, strict=True)) for c in centroids]
+        expected.append(distances.index(min(distances)))
+
+    assert clustering.assign(VECTORS[:50]).tolist() == expected
+
+
+def test_equal_centroids_go_to_the_lower_cluster() -> None:
+    one = FITTED["mean"]
+    doubled = Clustering(one.form, np.concatenate([one.centroids, one.centroids]), one.codebook, one.centre, one.axes)
+
+    assert (doubled.assign(VECTORS) == one.assign(VECTORS)).all()
+
+
+@pytest.mark.parametrize("form", ["histogram", "mean"])
+def test_renumbering_the_codebook_changes_no_cluster(form: str) -> None:
+    new = np.random.default_rng(1).permutation(len(CODES))
+    codes = np.empty_like(CODES)
+    codes[new] = CODES
+    renumbered = fit(new[VECTORS].astype(np.uint16), codes, 4, form).assign(new[VECTORS].astype(np.uint16))
+    original = fit(VECTORS, CODES, 4, form).assign(VECTORS)
+
+    together = original[:, None] == original[None]
+    assert (together == (renumbered[:, None] == renumbered[None])).mean() > 0.99
+
+
+def test_the_same_seed_gives_the_same_centroids() -> None:
+    assert (fit(VECTORS, CODES, 6, "mean", seed=3).centroids == fit(VECTORS, CODES, 6, "mean", seed=3).centroids).all()
+
+
+def test_more_clusters_than_vectors_are_refused() -> None:
+    with pytest.raises(CorpusError, match="fewer clusters"):
+        fit(VECTORS[:5], CODES, 6)
+
+
+def test_an_unknown_form_is_refused() -> None:
+    with pytest.raises(BundleError, match="unknown"):
+        Clustering("spiral", *[np.empty((0, 0))] * 4)
+
+
+def test_nothing_assigned_is_nothing() -> None:
+    assert FITTED["mean"].assign(VECTORS[:0]).shape == (0,)
