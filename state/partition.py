@@ -7,8 +7,10 @@ the caller calls when Kafka has committed; `abort` forgets. It must never know a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,7 +81,8 @@ class Decision(NamedTuple):
     removed: tuple[str, ...]
 
 
-_decision = Decision._make
+# Made once a record: half the time of Decision(…), and a type checker still sees the five fields.
+_decision = cast("Callable[[tuple[Fate, int, int, int, tuple[str, ...]]], Decision]", partial(tuple.__new__, Decision))
 _DEAD_LETTER = Decision(DEAD, -1, 0, -1, ())
 
 
