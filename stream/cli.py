@@ -6,12 +6,15 @@ Must not do work: jobs are imported inside the commands, so that `--help` needs 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import typer.main
 
 from stream.command import JobCommand, JobGroup
+
+if TYPE_CHECKING:
+    from stream.stream_view import StreamSource
 
 app = typer.Typer(
     name="tldr-stream",
@@ -332,6 +335,155 @@ def bundle_announce(
     from stream.results import show
 
     show(announce_folder(Connection.of(bootstrap_servers, kafka or (), kafka_properties), folder, stream), json)
+
+
+@app.command(cls=JobCommand)
+def status(
+    topic: Topic,
+    stream: Stream = None,
+    once: Annotated[
+        bool, typer.Option("--once", help="Show it once and leave, as it does where output is no terminal.")
+    ] = False,
+    every_s: Annotated[float, typer.Option(help="Seconds from one look to the next.", min=0.2)] = 2.0,
+    bootstrap_servers: BootstrapServers = DEFAULT_BOOTSTRAP,
+    kafka: KafkaSettings = None,
+    kafka_properties: KafkaProperties = None,
+    schemas: Schemas = None,
+    schema_registry: SchemaRegistry = None,
+    json: Json = False,
+) -> None:
+    """Show what a stream is doing, live: lag, keep-rate, cells, ITM, errors, and arithmetic that adds up.
+
+    Example: tldr-stream status --topic raw-pairs
+    """
+    import sys
+
+    from stream.results import show
+    from stream.status import StatusReader, watch
+
+    reader = StatusReader(
+        _source(topic, stream, bootstrap_servers, kafka, kafka_properties, schemas, schema_registry), topic
+    )
+    if json or once or not sys.stdout.isatty():
+        show(reader.read(), json)
+    else:
+        watch(reader, every_s)
+
+
+@app.command(cls=JobCommand)
+def report(
+    out: Annotated[Path, typer.Argument(metavar="OUT.html", help="The file to write; an older one is replaced.")],
+    topic: Topic,
+    stream: Stream = None,
+    bundle: Annotated[
+        str | None,
+        typer.Option(help="Folder of the bundle, for distances to the centroids.  [default: the one announced]"),
+    ] = None,
+    clusters: Annotated[
+        int, typer.Option(help="Clusters to show: half of them the largest, half drawn.", min=1, max=24)
+    ] = 12,
+    seed: Annotated[int, typer.Option(help="Seed of what is drawn.", min=0)] = 0,
+    bootstrap_servers: BootstrapServers = DEFAULT_BOOTSTRAP,
+    kafka: KafkaSettings = None,
+    kafka_properties: KafkaProperties = None,
+    raw_format: Annotated[
+        str, typer.Option(help="How the raw records are written: tldr, json, avro or confluent.")
+    ] = "tldr",
+    field: Annotated[
+        list[str] | None, typer.Option(help="Where a raw record has what, e.g. id=url, image=content; repeatable.")
+    ] = None,
+    raw_schema: Annotated[
+        Path | None, typer.Option(help="Avro schema (*.avsc) of raw records without a header.")
+    ] = None,
+    schemas: Schemas = None,
+    schema_registry: SchemaRegistry = None,
+    json: Json = False,
+) -> None:
+    """Write pictures of what a stream did into one HTML file that needs nothing else.
+
+    Example: tldr-stream report report.html --topic raw-pairs
+    """
+    from stream.raw_format import raw_reader
+    from stream.report import ReportOptions
+    from stream.report import report as job
+    from stream.results import show
+
+    source = _source(topic, stream, bootstrap_servers, kafka, kafka_properties, schemas, schema_registry)
+    reader = raw_reader(raw_format, field or (), schemas or (), raw_schema, source.registry)
+    show(job(ReportOptions(source, topic, out, reader, bundle, clusters, seed)), json)
+
+
+dlq_app = typer.Typer(no_args_is_help=True, help="Dead letters: list them, send them back to the raw topic.")
+app.add_typer(dlq_app, name="dlq", cls=JobGroup)
+
+Reason = Annotated[list[str] | None, typer.Option(help="Only those of this reason; repeatable.")]
+
+
+@dlq_app.command("list", cls=JobCommand)
+def dlq_list(
+    topic: Topic,
+    stream: Stream = None,
+    reason: Reason = None,
+    limit: Annotated[int, typer.Option(help="How many to show, the newest.", min=0)] = 20,
+    bootstrap_servers: BootstrapServers = DEFAULT_BOOTSTRAP,
+    kafka: KafkaSettings = None,
+    kafka_properties: KafkaProperties = None,
+    json: Json = False,
+) -> None:
+    """List what could not be processed, and why.
+
+    Example: tldr-stream dlq list --topic raw-pairs --reason truncated
+    """
+    from stream.dlq import list_dead_letters
+    from stream.results import show
+
+    source = _source(topic, stream, bootstrap_servers, kafka, kafka_properties)
+    show(list_dead_letters(source, reason or (), limit), json)
+
+
+@dlq_app.command("replay", cls=JobCommand)
+def dlq_replay(
+    topic: Topic,
+    stream: Stream = None,
+    reason: Reason = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count them and send nothing.")] = False,
+    bootstrap_servers: BootstrapServers = DEFAULT_BOOTSTRAP,
+    kafka: KafkaSettings = None,
+    kafka_properties: KafkaProperties = None,
+    json: Json = False,
+) -> None:
+    """Send dead letters back to the raw topic as they came, after what made them dead is put right.
+
+    Example: tldr-stream dlq replay --topic raw-pairs --reason uri-not-allowed
+    """
+    from stream.dlq import replay
+    from stream.results import show
+
+    source = _source(topic, stream, bootstrap_servers, kafka, kafka_properties)
+    show(replay(source, topic, reason or (), dry_run=dry_run), json)
+
+
+def _source(
+    topic: str,
+    stream: str | None,
+    bootstrap_servers: str,
+    kafka: list[str] | None,
+    kafka_properties: Path | None,
+    schemas: list[Path] | None = None,
+    schema_registry: str | None = None,
+) -> StreamSource:
+    """Where a command that only reads finds the stream."""
+    from stream.kafka import Connection
+    from stream.stream_view import StreamSource
+    from stream.topics import StreamTopics
+
+    registry = None
+    if schema_registry:
+        from stream.schema_registry import ConfluentRegistry
+
+        registry = ConfluentRegistry(schema_registry)
+    connection = Connection.of(bootstrap_servers, kafka or (), kafka_properties)
+    return StreamSource(connection, StreamTopics(stream or topic), tuple(schemas or ()), registry)
 
 
 def commands() -> dict[str, Any]:

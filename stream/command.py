@@ -43,7 +43,7 @@ class JobCommand(TyperCommand):
         try:
             return super().make_context(info_name, args, parent, **extra)
         except _click.exceptions.UsageError as error:
-            command = f"tldr-stream {info_name}"
+            command = " ".join(["tldr-stream", *_groups_of(parent), info_name or ""])
             fail(f"{error.format_message().rstrip('.')} (see {command} --help)", USER_ERROR_STATUS)
 
     def invoke(self, ctx: _click.Context) -> Any:
@@ -75,6 +75,13 @@ def fail(message: str, status: int) -> NoReturn:
     typer.echo(f"error: {line}", err=True)
     sys.stdout.flush()
     raise typer.Exit(status)
+
+
+def _groups_of(parent: _click.Context | None) -> list[str]:
+    """The groups that a command stands in, below the program: ["dlq"] for `tldr-stream dlq list`."""
+    if parent is None or parent.parent is None:
+        return []
+    return [*_groups_of(parent.parent), parent.info_name or ""]
 
 
 def _config_option() -> TyperOption:
@@ -113,9 +120,11 @@ def _read_config(ctx: typer.Context, value: str | None) -> None:
         fail(f"cannot read {path}: {error.strerror}", USER_ERROR_STATUS)
     except tomllib.TOMLDecodeError as error:
         fail(f"{path} is not TOML: {error}", USER_ERROR_STATUS)
-    command = ctx.command.name or ""
+    command = " ".join([*_groups_of(ctx.parent), ctx.command.name or ""])
     shared = {key: item for key, item in tables.items() if not isinstance(item, dict)}
-    own = tables.get(command, {})
+    own = tables
+    for name in command.split():  # [consume], or [dlq.list]
+        own = own.get(name, {})
     options = {option.name for option in ctx.command.params}
     # A shared key may belong to another command; one in the command's own table can only be a mistake.
     for key in own:
