@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 Message = Any  # confluent_kafka.Message
 
 FETCH_MESSAGES = 500
+MESSAGE_OVERHEAD_BYTES = 500
 # With a full buffer a poll may wait this long, far below max.poll.interval.ms; a rebalance waits for it.
 FULL_POLL_EVERY_S = 3.0
 # Resume when this share of the buffer is free again.
@@ -47,7 +48,6 @@ class Intake:
         self.topic = topic
         self.bytes_max = bytes_max
         self.buffered_bytes = 0
-        self.received = 0
         self.received_bytes = 0
         self.at_end: dict[int, int] = {}  # partition → the end that the reader stands at
         self._buffer: deque[Message] = deque()
@@ -90,10 +90,8 @@ class Intake:
             # A partition that was revoked or sought meanwhile may still have messages on their way.
             if message.partition() in self._consumed:
                 self._buffer.append(message)
-                weight = _weight(message)
-                self.buffered_bytes += weight
-                self.received += 1
-                self.received_bytes += weight
+                self.buffered_bytes += _weight(message)
+                self.received_bytes += len(message.value() or b"") + len(message.key() or b"")
                 self.at_end.pop(message.partition(), None)
 
     def take(self, count: int) -> list[Message]:
@@ -159,5 +157,5 @@ class Intake:
 
 
 def _weight(message: Message) -> int:
-    """Bytes of a message in the buffer: key and value, and a little for the object."""
-    return len(message.value() or b"") + len(message.key() or b"") + 100
+    """Bytes of a message in the buffer: key and value, and what the object itself takes."""
+    return len(message.value() or b"") + len(message.key() or b"") + MESSAGE_OVERHEAD_BYTES

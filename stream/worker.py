@@ -86,7 +86,7 @@ class Worker:
         self._turned_at = clock()
         self._gauged_at = 0.0
         self._warned_of_keys = False
-        self._counted = (0, 0)  # received records and bytes that the metrics know of
+        self._counted_bytes = 0  # of the payload, that the metrics know of
         self._received_bytes = 0
         self._committed: dict[int, tuple[int, Totals]] = {}  # partition → next offset and totals, as committed
 
@@ -312,8 +312,8 @@ class Worker:
         self._gauged_at = now
         metrics, intake = self.metrics, self.intake
         metrics.buffer_bytes.set(intake.buffered_bytes)
-        metrics.payload_bytes.inc(intake.received_bytes - self._counted[1])
-        self._counted = (intake.received, intake.received_bytes)
+        metrics.payload_bytes.inc(intake.received_bytes - self._counted_bytes)
+        self._counted_bytes = intake.received_bytes
         metrics.partitions.labels("running").set(len(self.assignment.running))
         metrics.partitions.labels("restoring").set(len(self.assignment.restoring))
         metrics.lag.clear()
@@ -342,7 +342,7 @@ class Worker:
 
     def on_statistics(self, text: str) -> None:
         """librdkafka's own count of what it received: refetches show here (the Kafka setting statistics.interval.ms)."""
-        received = json.loads(text).get("rxmsg_bytes", 0)
+        received = json.loads(text).get("rx_bytes", 0)
         self.metrics.received_bytes.inc(max(0, received - self._received_bytes))
         self._received_bytes = received
 
