@@ -52,6 +52,7 @@ JOURNAL_INTERVAL_S = 1.0
 JOURNAL_ENTRIES = 5_000
 # A killed run's last request may still be on its way into the log.
 SETTLE_S = 1.0
+LEADERS_TIMEOUT_S = 10.0
 BAD_SHOWN = 10
 # An image under so many ids is likely a placeholder ("image not available").
 IDS_OF_A_PLACEHOLDER = 5
@@ -176,7 +177,7 @@ def _begin(journal: Journal, connection: Connection, result: IngestResult) -> No
     unwritten = journal.next_offsets
     if unwritten:
         time.sleep(SETTLE_S)
-    ends = end_offsets(connection, result.topic, partitions)
+    ends = _ends_of(connection, result.topic, partitions)
     found: Counter[bytes] = Counter()
     if unwritten:
         starts = start_offsets(connection, result.topic, partitions)
@@ -188,6 +189,18 @@ def _begin(journal: Journal, connection: Connection, result: IngestResult) -> No
                     found.update(short_hash(key) for m in messages if (key := m.key()) and m.value() is not None)
                     progress.advance(len(messages))
     journal.begin(ends, found)
+
+
+def _ends_of(connection: Connection, topic: str, partitions: Iterable[int]) -> dict[int, int]:
+    """End offsets; a topic that was made a moment ago may not have its leaders yet."""
+    deadline = time.monotonic() + LEADERS_TIMEOUT_S
+    while True:
+        try:
+            return end_offsets(connection, topic, partitions)
+        except Unavailable:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def _ingest_shard(shard: Shard, journal: Journal, sender: _Sender, result: IngestResult, progress: Progress) -> None:

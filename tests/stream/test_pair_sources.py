@@ -95,7 +95,7 @@ def test_img2datasets_files_and_parquet_formats_are_read_too(tmp_path: Path) -> 
     for name, data in crawl_members([(URL + "a", b"A", "one"), (URL + "b", b"B", "two")]):
         (folder / name).write_bytes(data)
     write_parquet(tmp_path / "files" / "00000.parquet", [{"key": "000000000", "url": URL + "a"}])
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"key": "0", "url": URL + "a", "caption": "one", "status": "success", "jpg": b"A"},
         {"key": "1", "url": URL + "x", "caption": "gone", "status": "failed_to_download", "jpg": None},
         {"key": "2", "url": URL + "b", "caption": "two", "status": "success", "jpg": b"B"},
