@@ -130,6 +130,7 @@ def consume(
     ] = None,
     schemas: Schemas = None,
     schema_registry: SchemaRegistry = None,
+    schema_registry_properties: SchemaRegistryProperties = None,
     fetch_allow: Annotated[
         list[str] | None,
         typer.Option(help="Scheme and host from which an image_uri may be fetched; repeatable.  [default: none]"),
@@ -189,6 +190,7 @@ def consume(
             raw_schema=raw_schema,
             schemas=schemas or (),
             schema_registry=schema_registry,
+            schema_registry_properties=schema_registry_properties,
             fetch_allow=fetch_allow or (),
             fetch_allow_private=fetch_allow_private,
             fetch_bytes_max=fetch_bytes_max,

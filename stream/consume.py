@@ -5,7 +5,6 @@ Everything that a user can get wrong is found here, before the first poll.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import signal
@@ -27,9 +26,10 @@ from stream.errors import Fenced, TldrError, Unavailable
 from stream.kafka import RECORD_BYTES_MAX, Connection, create_missing, partition_count, topic_id, topic_setting
 from stream.metrics import HealthServer, Metrics
 from stream.raw_format import raw_reader
-from stream.records import Codec, Registry
+from stream.records import Codec
 from stream.reduce import Reduction
 from stream.restore import Cancel, Restored, restore
+from stream.schema_registry import open_registry
 from stream.topics import KEPT_OVERHEAD_BYTES, StreamTopics
 from stream.transaction import ATTEMPT_TIMEOUT_S, Outlet
 from stream.worker import Pace, Worker
@@ -68,6 +68,7 @@ class ConsumeOptions:
     raw_schema: Path | None = None
     schemas: Sequence[Path] = ()
     schema_registry: str | None = None
+    schema_registry_properties: Path | None = None
     fetch_allow: Sequence[str] = ()
     fetch_allow_private: bool = False
     fetch_bytes_max: int = 32 * 1024 * 1024
@@ -94,9 +95,9 @@ def consume(options: ConsumeOptions) -> None:
     connection, topic = options.connection, options.topic
     partitions = partition_count(connection, topic)
     stream = options.stream or topic
-    reader = raw_reader(
-        options.raw_format, options.fields, options.schemas, options.raw_schema, _registry(options.schema_registry)
-    )
+    registry = open_registry(options.schema_registry, options.schema_registry_properties)
+    reader = raw_reader(options.raw_format, options.fields, options.schemas, options.raw_schema, registry)
+    fetch = _fetcher(options)
     folder = None if options.model == "null" else find_bundle(connection, options.bundle, stream)
     topics = StreamTopics(stream)
     record_bytes = int(topic_setting(connection, topic, "max.message.bytes") or DEFAULT_RECORD_BYTES)
@@ -112,7 +113,21 @@ def consume(options: ConsumeOptions) -> None:
         metrics.bundle.info({"version": model.version})
         settings = _settings(options, model, partitions, topic_id(connection, topic))
         log.info("models loaded: bundle %s, %d clusters, L = %d", model.version[:12], model.clusters, model.tokens)
-        _run(options, settings, model, reader, topics, directory, kept_bytes, metrics)
+        _warn_of_another_machine(model)
+        with ThreadPoolExecutor(options.decode_threads or os.cpu_count() or 1, "decode") as pool:
+            using = Reduction(
+                model=model,
+                reader=reader,
+                kept_codec=Codec("KeptPair", registry=registry),
+                fetch=fetch,
+                pool=pool,
+                seed=settings.seed,
+                rate=str(settings.ratio),
+                joiner=options.joiner,
+                kept_bytes_max=kept_bytes,
+                topic=topic,
+            )
+            _run(options, settings, using, Codec("PairCodes", registry=registry), topics, directory, metrics)
 
 
 def refuse_impossible(options: ConsumeOptions) -> None:
@@ -144,14 +159,6 @@ def _number(text: str | None, option: str) -> float:
         return float(text or "")
     except ValueError:
         raise TldrError(f"{option} {text}: use `off`, `bundle` (the bundle's own threshold) or a number") from None
-
-
-def _registry(url: str | None) -> Registry | None:
-    if url is None:
-        return None
-    from stream.schema_registry import ConfluentRegistry
-
-    return ConfluentRegistry(url)
 
 
 def _state_directory(options: ConsumeOptions, stream: str) -> StateDirectory:
@@ -204,17 +211,30 @@ def _settings(options: ConsumeOptions, model: PairModel, partitions: int, raw_to
     )
 
 
+def _warn_of_another_machine(model: PairModel) -> None:
+    """Says where the bundle was made on another kind of machine: a few images may get other codes there."""
+    made_with: dict[str, str] = getattr(model, "made_with", {})
+    different = [
+        f"{key} {made_with[key]} there and {value} here"
+        for key, value in model.fingerprint.items()
+        if key in made_with and made_with[key] != value
+    ]
+    if different:
+        log.warning(
+            "the bundle was made with other arithmetic, so a few index vectors may differ: %s", "; ".join(different)
+        )
+
+
 def _run(
     options: ConsumeOptions,
     settings: StreamSettings,
-    model: PairModel,
-    reader: Any,
+    using: Reduction,
+    codes: Codec,
     topics: StreamTopics,
     directory: StateDirectory,
-    kept_bytes: int,
     metrics: Metrics,
 ) -> None:
-    connection, group, instance = options.connection, topics.name, directory.instance_id
+    connection, group, instance, model = options.connection, topics.name, directory.instance_id, using.model
     worker: Worker | None = None
 
     def on_statistics(text: str) -> None:
@@ -225,7 +245,7 @@ def _run(
         if worker is not None:
             worker.on_error(error)
 
-    producer = _producer(connection, f"{group}-{instance}", kept_bytes)
+    producer = _producer(connection, f"{group}-{instance}", using.kept_bytes_max)
     consumer = _consumer(options, group, instance, on_statistics, on_error)
 
     def restore_partition(number: int, cancel: Cancel) -> Restored | None:
@@ -245,41 +265,24 @@ def _run(
             )
         restored.partition.adopt(model.version, model.space, restored.next_offset)
 
-    threads = options.decode_threads or os.cpu_count() or 1
-    with ThreadPoolExecutor(threads, "decode") as pool:
-        using = Reduction(
-            model=model,
-            reader=reader,
-            kept_codec=Codec("KeptPair", registry=_registry(options.schema_registry)),
-            fetch=_fetcher(options),
-            pool=pool,
-            seed=settings.seed,
-            rate=str(settings.ratio),
-            joiner=options.joiner,
-            kept_bytes_max=kept_bytes,
-            topic=options.topic,
-        )
-        codes = Codec("PairCodes", registry=_registry(options.schema_registry))
-        outlet = Outlet(producer, consumer, topics, options.topic, codes, instance, settings.partition_count)
-        batch = options.batch_pairs or (NULL_BATCH_PAIRS if options.model == "null" else model.batch)
-        pace = Pace(options.commit_interval_s, batch, options.stop_at_end)
-        worker = Worker(
-            consumer, options.topic, using, outlet, restore_partition, adopt, pace, options.buffer_mb << 20, metrics
-        )
-        server = HealthServer(
-            metrics, options.metrics_host, options.metrics_port, lambda: worker.healthy, lambda: worker.ready
-        )
-        log.info(
-            "worker %s of stream %s: metrics on port %d, state in %s", instance, group, server.port, directory.path
-        )
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: worker.stop())
-        try:
-            worker.run()
-        except SettingsDiffer as error:
-            raise TldrError(str(error)) from error
-        finally:
-            server.close()
+    outlet = Outlet(producer, consumer, topics, options.topic, codes, instance, settings.partition_count)
+    batch = options.batch_pairs or (NULL_BATCH_PAIRS if options.model == "null" else model.batch)
+    pace = Pace(options.commit_interval_s, batch, options.stop_at_end)
+    worker = Worker(
+        consumer, options.topic, using, outlet, restore_partition, adopt, pace, options.buffer_mb << 20, metrics
+    )
+    server = HealthServer(
+        metrics, options.metrics_host, options.metrics_port, lambda: worker.healthy, lambda: worker.ready
+    )
+    log.info("worker %s of stream %s: metrics on port %d, state in %s", instance, group, server.port, directory.path)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: worker.stop())
+    try:
+        worker.run()
+    except SettingsDiffer as error:
+        raise TldrError(str(error)) from error
+    finally:
+        server.close()
     log.info("worker %s has left", instance)
 
 
@@ -343,10 +346,3 @@ def _consumer(options: ConsumeOptions, group: str, instance: str, on_statistics:
         | {"stats_cb": on_statistics, "error_cb": on_error},
         logger=logging.getLogger("stream.librdkafka"),
     )
-
-
-def without_secrets(options: ConsumeOptions) -> dict[str, Any]:
-    """The options as they may be logged."""
-    shown = dataclasses.asdict(options)
-    shown["connection"] = options.connection.bootstrap_servers
-    return shown
