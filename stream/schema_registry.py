@@ -5,12 +5,13 @@ Must not know what a record means. Credentials (in the URL or in a properties fi
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import fastavro.schema
 
@@ -43,22 +44,24 @@ class ConfluentRegistry:
     def __init__(self, url: str, properties: Mapping[str, str] | None = None) -> None:
         self.shown_url = without_credentials(url)
         try:
-            import httpx
             from confluent_kafka.schema_registry import SchemaRegistryClient
             from confluent_kafka.schema_registry.error import SchemaRegistryError
         except ImportError as error:
             raise TldrError(
                 f"--schema-registry needs {error.name}: install it with `pip install 'tldr-stream[registry]'`"
             ) from error
-        # httpx tells the log every request with its URL, and with it the credentials that stand there.
-        logging.getLogger("httpx").setLevel(logging.WARNING)
-        self._unreachable: tuple[type[Exception], ...] = (httpx.HTTPError,)
+        self._unreachable = _http_errors()
         self._refused: type[Any] = SchemaRegistryError
-        settings = {**DEFAULTS, **_typed(properties or {}), "url": url}
+        settings = {**DEFAULTS, **_typed(properties or {}), "url": self.shown_url}
+        if (user := _user_of(url)) is not None:
+            # Not in the URL, which httpx writes to the log with every request.
+            if "basic.auth.user.info" in settings:
+                raise TldrError(f"schema registry {self.shown_url}: credentials in the URL and in the properties")
+            settings["basic.auth.user.info"] = user
         try:
             self._client = SchemaRegistryClient(settings)
         except (ValueError, TypeError, OSError) as error:
-            # Its message may quote the URL.
+            # Its message may quote a setting.
             raise TldrError(f"schema registry {self.shown_url}: its settings are wrong ({_kind(error)})") from None
         self._check_that_it_is_one()
 
@@ -131,6 +134,15 @@ class _NotFound(TldrError):
     """The registry answers, and has no such thing."""
 
 
+def _http_errors() -> tuple[type[Exception], ...]:
+    """The client takes httpx2 where it is installed, and httpx elsewhere; their errors have no common base."""
+    found = []
+    for module in ("httpx2", "httpx"):
+        with contextlib.suppress(ImportError):
+            found.append(importlib.import_module(module).HTTPError)
+    return tuple(found)
+
+
 def open_registry(url: str | None, properties: Path | None = None) -> ConfluentRegistry | None:
     """The registry of `--schema-registry` and `--schema-registry-properties`; None without a URL."""
     if url is None:
@@ -151,6 +163,16 @@ def _stripped(url: str) -> str:
     except ValueError:
         return "(not a URL)"
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def _user_of(url: str) -> str | None:
+    """user:password of the first of several URLs that has them."""
+    for part in url.split(","):
+        with contextlib.suppress(ValueError):
+            parts = urlsplit(part.strip())
+            if parts.username is not None:
+                return f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    return None
 
 
 def _kind(error: BaseException) -> str:
