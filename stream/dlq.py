@@ -56,7 +56,7 @@ class DeadLetterList:
             return
         yield f"{self.total:,} dead letters in {self.dead_letter_topic}"
         yield from (f"  {count:>9,}  {reason}" for reason, count in self.by_reason.items())
-        if len(self.letters) < self.total:
+        if self.letters and len(self.letters) < self.total:
             yield f"the newest {len(self.letters):,} of them (--limit shows more):"
         for letter in self.letters:
             where = f"{letter.topic}/{letter.partition} offset {letter.offset}"
