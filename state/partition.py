@@ -325,6 +325,11 @@ class Partition:
         return Totals(*(before + now for before, now in zip(self._committed, here, strict=True)))
 
     @property
+    def live_numbers(self) -> int:
+        """How many numbers the live cells hold, about 60 bytes each: what `live_numbers_max` bounds."""
+        return self._live_numbers
+
+    @property
     def bundle(self) -> str | None:
         """The bundle of the present epoch; None: none adopted yet."""
         return self._switch.bundle if self._switch else None

@@ -200,7 +200,7 @@ def inputs(draw: st.DrawFn) -> list[Row]:
     )
     offset = draw(st.sampled_from([-1, 10_000, 2**40]))
     rows = []
-    for gap, number, cluster, itm in draw(st.lists(row, max_size=60)):
+    for gap, number, cluster, itm in draw(st.lists(row, min_size=draw(st.sampled_from([0, 30])), max_size=60)):
         offset += gap
         rows.append(Row(offset, f"id-{number}", cluster, itm))
     return rows
@@ -336,20 +336,34 @@ def test_a_pair_seen_twice_counts_once_in_a_batch_and_a_thousand_records_later(l
 
 
 def test_a_duplicate_at_the_very_edge_of_the_window_is_one_though_its_transaction_is_long_past(tmp_path: Path) -> None:
-    stream = replace(STREAM, ratio=Ratio(1, 4), dedupe_window=2)
+    stream = replace(STREAM, ratio=Ratio(1, 4), dedupe_window=5)
     over_quota = next(c for c in range(99) if not kept_positions(stream.seed, 0, 0, c, 0, stream.ratio) & 1)
     with PartitionStore(tmp_path) as store:
         partition = Partition(store, stream, 0)
         partition.adopt("bundle-0", "space", 0)
-        for offset, name in enumerate("ab"):
-            assert partition.decide(offset, name, over_quota, 1.0, VECTOR).fate in (Fate.OVER_QUOTA, Fate.KEPT)
+        for offset, name in ((10, "a"), (11, "b"), (14, "c")):
+            partition.decide(offset, name, over_quota, 1.0, VECTOR)
             partition.changes("w", 0)
             partition.commit(offset)
 
-        assert partition.decide(2, "a", 0, 1.0, VECTOR).duplicate_of == 0
+        assert partition.decide(15, "a", 0, 1.0, VECTOR).duplicate_of == 10
         partition.abort()
-        partition.next_offset = 3
-        assert partition.decide(3, "a", 0, 1.0, VECTOR).duplicate_of == -1
+        assert partition.decide(16, "a", 0, 1.0, VECTOR).duplicate_of == -1
+
+
+def test_an_id_out_of_the_window_that_was_just_evicted_counts_again(tmp_path: Path) -> None:
+    stream = replace(STREAM, ratio=Ratio(1, 1), cell_cap=1, dedupe_window=1)
+    small, large = sorted("ab", key=lambda name: hash_id(id_key(stream.seed), name)[1])
+    with PartitionStore(tmp_path) as store:
+        partition = Partition(store, stream, 0)
+        partition.adopt("bundle-0", "space", 0)
+        partition.decide(0, large, 0, 1.0, VECTOR)
+        partition.changes("w", 0)
+        partition.commit(1)
+
+        assert partition.decide(5, large, 0, 1.0, VECTOR).duplicate_of == 0
+        assert partition.decide(6, small, 0, 1.0, VECTOR).removed == (large,)
+        assert partition.decide(7, large, 0, 1.0, VECTOR).fate is Fate.OVER_CAP
 
 
 def test_a_dead_letter_or_a_pair_below_the_gate_does_not_make_its_id_known(tmp_path: Path) -> None:
@@ -381,6 +395,38 @@ def test_a_taken_down_id_never_comes_back_and_its_position_stays_counted(life: L
     known = hash_id(id_key(1), "a")[0]
     assert decode_forgotten(records[forgotten_key(known)] or b"") == 1
     assert partition.fate_if_seen(known, 2**60) is Fate.FORGOTTEN
+
+
+def test_a_takedown_makes_room_in_a_full_cell(tmp_path: Path) -> None:
+    stream = replace(STREAM, ratio=Ratio(1, 1), cell_cap=2)
+    order = sorted("abcd", key=lambda name: hash_id(id_key(stream.seed), name)[1])
+    with PartitionStore(tmp_path) as store:
+        partition = Partition(store, stream, 0)
+        partition.adopt("bundle-0", "space", 0)
+        partition.decide(0, order[0], 0, 1.0, VECTOR)
+        partition.decide(1, order[1], 0, 1.0, VECTOR)
+
+        taken = partition.take_down(2, order[1])
+        into_the_room = partition.decide(3, order[3], 0, 1.0, VECTOR)
+        into_the_full = partition.decide(4, order[2], 0, 1.0, VECTOR)
+
+        assert taken.removed == (order[1],)
+        assert (into_the_room.fate, into_the_room.removed) == (Fate.KEPT, ())
+        assert (into_the_full.fate, into_the_full.removed) == (Fate.KEPT, (order[3],))
+
+
+@pytest.mark.parametrize("cap", [None, 2])
+def test_live_cells_stay_within_their_bound_and_the_last_touched_stay(tmp_path: Path, cap: int | None) -> None:
+    with PartitionStore(tmp_path) as store:
+        partition = Partition(store, replace(STREAM, ratio=Ratio(1, 1), cell_cap=cap), 0, live_numbers_max=100)
+        partition.adopt("bundle-0", "space", 0)
+        for offset in range(200):
+            partition.decide(offset, f"id-{offset}", offset // 4, 1.0, VECTOR)
+            if offset % 10 == 9:
+                partition.changes("w", 0)
+                partition.commit(offset)
+                assert partition.live_numbers <= 100
+        assert partition.live_numbers > 80
 
 
 def test_an_abort_takes_back_everything_a_takedown_included(life: Life) -> None:
