@@ -18,11 +18,11 @@ from confluent_kafka import Consumer, KafkaException, Producer
 
 from models.model import PairModel
 from state.directory import StateDirectory
-from state.errors import SettingsDiffer
+from state.errors import SettingsDiffer, StateError
 from state.quota import Ratio
 from state.settings import StreamSettings, rule_named
 from stream.bundles import find_bundle
-from stream.errors import Fenced, TldrError, Unavailable
+from stream.errors import Fenced, Stopped, TldrError, Unavailable
 from stream.kafka import RECORD_BYTES_MAX, Connection, create_missing, partition_count, topic_id, topic_setting
 from stream.metrics import HealthServer, Metrics
 from stream.raw_format import raw_reader
@@ -114,13 +114,15 @@ def consume(options: ConsumeOptions) -> None:
         settings = _settings(options, model, partitions, topic_id(connection, topic))
         log.info("models loaded: bundle %s, %d clusters, L = %d", model.version[:12], model.clusters, model.tokens)
         _warn_of_another_machine(model)
-        with ThreadPoolExecutor(options.decode_threads or os.cpu_count() or 1, "decode") as pool:
+        threads = options.decode_threads or os.cpu_count() or 1
+        with ThreadPoolExecutor(threads, "decode") as pool:
             using = Reduction(
                 model=model,
                 reader=reader,
                 kept_codec=Codec("KeptPair", registry=registry),
                 fetch=fetch,
                 pool=pool,
+                threads=threads,
                 seed=settings.seed,
                 rate=str(settings.ratio),
                 joiner=options.joiner,
@@ -281,6 +283,8 @@ def _run(
         worker.run()
     except SettingsDiffer as error:
         raise TldrError(str(error)) from error
+    except StateError as error:
+        raise Stopped(str(error)) from error
     finally:
         server.close()
     log.info("worker %s has left", instance)

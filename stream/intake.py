@@ -53,6 +53,8 @@ class Intake:
         self._buffer: deque[Message] = deque()
         self._paused: set[int] = set()
         self._consumed: set[int] = set()  # partitions that we consume
+        # partition → offset of those that were started inside a poll; None outside of one
+        self._started_while_polling: dict[int, int] | None = None
         self._polled_at = clock()
         self._clock = clock
 
@@ -71,6 +73,7 @@ class Intake:
             self._pause()
         elif self._paused and self.buffered_bytes <= self.bytes_max * (1 - RESUME_SHARE):
             self._resume()
+        self._started_while_polling = {}
         try:
             # consume(n, t) waits for n messages or the whole of t; poll returns with the first.
             head = self.consumer.poll(wait_s)
@@ -79,6 +82,7 @@ class Intake:
             self._refuse(failure.args[0], None)
             messages = []
         self._polled_at = self._clock()
+        restarted, self._started_while_polling = self._started_while_polling, None
         for message in messages:
             error = message.error()
             if error is not None:
@@ -87,12 +91,16 @@ class Intake:
                 else:
                     self._refuse(error, message)
                 continue
-            # A partition that was revoked or sought meanwhile may still have messages on their way.
-            if message.partition() in self._consumed:
+            # A partition that was revoked meanwhile may still have messages on their way.
+            if message.partition() in self._consumed and message.partition() not in restarted:
                 self._buffer.append(message)
                 self.buffered_bytes += _weight(message)
                 self.received_bytes += len(message.value() or b"") + len(message.key() or b"")
                 self.at_end.pop(message.partition(), None)
+
+        # Started inside the call by a callback of the group: what the call returned may come from before or from after it.
+        for partition, offset in restarted.items():
+            self.go_back(partition, offset)
 
     def take(self, count: int) -> list[Message]:
         """The next `count` messages or fewer, in the order of each partition."""
@@ -104,6 +112,8 @@ class Intake:
         """Begins to consume an assigned partition at `offset`."""
         self.consumer.incremental_assign([TopicPartition(self.topic, partition, offset)])
         self._consumed.add(partition)
+        if self._started_while_polling is not None:
+            self._started_while_polling[partition] = offset
 
     def stop(self, partition: int, *, lost: bool = False) -> None:
         """Ends consuming a partition and drops what is buffered of it."""

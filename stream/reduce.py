@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.errors import BadImage
-from models.model import Pixels
-from models.model import PairModel
+from models.model import PairModel, Pixels
 from models.refine import refine
 from state.partition import Decision, Fate, Partition
 from state.priority import hash_id, id_key
@@ -30,6 +29,8 @@ Message = Any  # confluent_kafka.Message
 
 # A cluster of -1: nobody looked at the image.
 NO_CLUSTER = -1
+# Far above any URL, far below what a changelog record can hold.
+ID_BYTES_MAX = 8192
 
 
 class Effect(NamedTuple):
@@ -134,6 +135,7 @@ class Reduction:
     kept_codec: Codec
     fetch: Callable[[str], bytes] | None
     pool: ThreadPoolExecutor
+    threads: int
     seed: int
     rate: str
     joiner: str
@@ -193,7 +195,7 @@ def reduce_batch(
     # An id that is known already needs no image; the rest is decoded by all cores and encoded in fixed batches.
     wanted = [i for i, step in enumerate(steps) if step.raw is not None and _unseen(step, partitions)]
     lap("read")
-    looked_at = dict(zip(wanted, using.pool.map(lambda i: _look_at(steps[i].raw, using), wanted), strict=True))
+    looked_at = _look_at_all(wanted, steps, using)
     lap("decode")
 
     seen = {i: found for i, found in looked_at.items() if isinstance(found, _Seen)}
@@ -220,7 +222,7 @@ def reduce_batch(
         if trouble is not None:
             partition.dead(offset)
             out.dead.append(DeadLetter(step.message, trouble.reason, trouble.detail))
-            out.value_bytes += len(step.message.value())
+            out.value_bytes += len(step.message.value() or b"")
             continue
         if step.raw is None:
             pair_id = (step.message.key() or b"").decode("utf-8", "replace")
@@ -279,7 +281,8 @@ def _read(messages: Sequence[Message], partitions: dict[int, Partition], using: 
             continue
         value = message.value()
         if value is None:
-            steps.append(_Step(message, None, NO_HASHES, None))
+            nobody = None if message.key() else UndecodableRecord("no-id", "neither a key nor a value")
+            steps.append(_Step(message, None, NO_HASHES, nobody))
             continue
         try:
             raw = using.reader.read(message.key(), value)
@@ -302,6 +305,10 @@ def _raw(step: _Step) -> RawRecord:
 
 def _refuse_what_cannot_be_kept(raw: RawRecord, kept_bytes_max: int) -> None:
     """Raises UndecodableRecord for a pair whose kept form might not fit its topic: after counting it is too late."""
+    if len(raw.id.encode()) > ID_BYTES_MAX:
+        raise UndecodableRecord(
+            "id-too-long", f"an id of {len(raw.id.encode())} bytes; at most {ID_BYTES_MAX} are possible"
+        )
     fields = sum(len(key) + len(value) for key, value in raw.fields.items()) * 4
     # T_o stands in it twice, as itself and inside T; up to four bytes a character.
     weight = len(raw.image or b"") + 2 * len(raw.caption.encode()) + fields + KEPT_OVERHEAD_BYTES
@@ -309,6 +316,14 @@ def _refuse_what_cannot_be_kept(raw: RawRecord, kept_bytes_max: int) -> None:
         raise UndecodableRecord(
             "too-large", f"its kept form may take {weight} bytes and the topic takes {kept_bytes_max}"
         )
+
+
+def _look_at_all(wanted: list[int], steps: list[_Step], using: Reduction) -> dict[int, _Seen | BadImage]:
+    """What the images of the steps `wanted` look like, in that order; each thread takes one share of them."""
+    shares = [wanted[first :: using.threads] for first in range(using.threads)]
+    done = using.pool.map(lambda share: [(i, _look_at(steps[i].raw, using)) for i in share], shares)
+    found = {i: seen for share in done for i, seen in share}
+    return {i: found[i] for i in wanted}
 
 
 def _look_at(raw: RawRecord | None, using: Reduction) -> _Seen | BadImage:

@@ -56,6 +56,8 @@ def restore(
     was not processed is gone), StateError.
     """
     began = time.monotonic()
+    # First: it waits for transactions with pending offsets, whose records then lie before the end that is asked for next.
+    committed = group_offsets(connection, group, raw_topic).get(number)
     first = start_offsets(connection, topics.changelog, [number])[number]
     end = end_offsets(connection, topics.changelog, [number], committed=False)[number]
     store, rebuilt = _open(connection, topics, number, folder, first, end)
@@ -72,7 +74,7 @@ def restore(
             store.close()
             return None
         partition = Partition(store, settings, number)
-        next_offset = _where_to_go_on(connection, raw_topic, group, number, partition)
+        next_offset = _where_to_go_on(connection, raw_topic, group, number, committed, partition)
         return Restored(partition, next_offset, replayed, rebuilt, time.monotonic() - began)
     except BaseException:
         store.close()
@@ -126,11 +128,12 @@ def _open(
     return PartitionStore(folder), True
 
 
-def _where_to_go_on(connection: Connection, raw_topic: str, group: str, number: int, partition: Partition) -> int:
+def _where_to_go_on(
+    connection: Connection, raw_topic: str, group: str, number: int, committed: int | None, partition: Partition
+) -> int:
     """The next input offset. The changelog is the truth; the group's offset must agree with it or be absent."""
     first = start_offsets(connection, raw_topic, [number])[number]
     end = end_offsets(connection, raw_topic, [number], committed=False)[number]
-    committed = group_offsets(connection, group, raw_topic).get(number)
     known = partition.next_offset
     if committed is not None and committed != known:
         raise TldrError(

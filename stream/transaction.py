@@ -57,7 +57,7 @@ class Outlet(NamedTuple):
 def commit(effects: Effects, partitions: Mapping[int, Partition], outlet: Outlet) -> None:
     """Makes `effects` visible as a whole, or not at all.
 
-    1. begin  2. produce kept pairs and tombstones, codes, dead letters, changelog  3. add the consumed offsets
+    1. begin  2. produce kept pairs and tombstones, codes, dead letters, changelog, and flush  3. add the consumed offsets
     4. commit Kafka  5. commit LMDB with the changelog position.
     A crash before 4 leaves nothing; between 4 and 5 it costs the replay of one transaction.
 
@@ -71,6 +71,10 @@ def commit(effects: Effects, partitions: Mapping[int, Partition], outlet: Outlet
         touched = sorted(effects.codes.keys() | {letter.message.partition() for letter in effects.dead})
         for send in _records(effects, touched, partitions, outlet, ends):  # 2
             _produce(producer, send)
+        # Everything lies at the brokers before the offsets are pending: a successor that finds no pending offsets of this
+        # group can rely on the changelog's end (restore.py asks in this order).
+        while producer.flush(ATTEMPT_TIMEOUT_S):
+            log.warning("%d records of the transaction are not at the brokers yet", len(producer))
         offsets = [TopicPartition(outlet.raw_topic, p, partitions[p].next_offset) for p in touched]
         _until_done(  # 3
             lambda: producer.send_offsets_to_transaction(

@@ -22,7 +22,7 @@ from confluent_kafka import Consumer, KafkaError, TopicPartition
 from state.changelog import Totals
 from state.partition import Fate
 from stream.assignment import Assignment, Restore
-from stream.errors import Fenced
+from stream.errors import Fenced, Stopped
 from stream.intake import Intake
 from stream.metrics import Metrics
 from stream.murmur2 import partitions_of
@@ -43,6 +43,8 @@ REVOKE_BUDGET_S = 20.0
 # /healthz: a loop that has not turned for this long is stuck.
 STUCK_AFTER_S = 120.0
 GAUGES_EVERY_S = 1.0
+# A rebalance or a broker that moves aborts one or two; what aborts this many will abort the next one too.
+ABORTS_MAX = 10
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Worker:
         self._turned_at = clock()
         self._gauged_at = 0.0
         self._warned_of_keys = False
+        self._aborted_in_a_row = 0
         self._counted_bytes = 0  # of the payload, that the metrics know of
         self._received_bytes = 0
         self._committed: dict[int, tuple[int, Totals]] = {}  # partition → next offset and totals, as committed
@@ -168,8 +171,14 @@ class Worker:
         try:
             pending.result()
         except Cancelled:
-            self._forget_effects()
+            self._abort_effects()
+            self._go_back()
             return
+        except Exception as error:
+            log.exception("the model failed")
+            raise Stopped(
+                f"a batch failed in the model ({type(error).__name__}: {error}): nothing of it was counted"
+            ) from error
         if self._effects_since is None and not self._effects.empty:
             self._effects_since = self._clock()
 
@@ -188,9 +197,15 @@ class Worker:
             commit(effects, self.assignment.running, self.outlet)
         except Aborted as error:
             self.metrics.transactions.labels("aborted").inc()
+            self._aborted_in_a_row += 1
+            if self._aborted_in_a_row >= ABORTS_MAX:
+                raise Stopped(
+                    f"{ABORTS_MAX} transactions in a row were aborted, the last one since: {error}"
+                ) from error
             log.warning("transaction aborted (%s): going back to what was committed", error)
             self._go_back()
             return
+        self._aborted_in_a_row = 0
         took = self._clock() - began
         self.metrics.commit_seconds.observe(took)
         self.metrics.transactions.labels("committed").inc()
@@ -207,14 +222,14 @@ class Worker:
             self._collect()
         self._commit()
 
-    def _forget_effects(self) -> None:
-        """Drops what is not committed, and consumes it again."""
+    def _abort_effects(self) -> None:
+        """Forgets what is not committed."""
         self._effects, self._effects_since = Effects(), None
         for partition in self.assignment.running.values():
             partition.abort()
-        self._go_back()
 
     def _go_back(self) -> None:
+        """Consumes again what is not committed."""
         for number, partition in self.assignment.running.items():
             self.intake.go_back(number, partition.next_offset or 0)
 
@@ -248,12 +263,12 @@ class Worker:
             self._give_up.set()
             if self._pending is not None:
                 wait([self._pending])
-                with contextlib.suppress(Exception):
-                    self._collect()
-            self._forget_effects()
+                self._pending = None
+            self._abort_effects()
+            self.assignment.revoked([tp.partition for tp in partitions], lost=True)
+            self._go_back()
         except BaseException as error:
             self._trouble = error
-        self.assignment.revoked([tp.partition for tp in partitions], lost=True)
         consumer.incremental_unassign([])
 
     def _restored(self, number: int, restored: Restored) -> None:
