@@ -39,6 +39,15 @@ class Outcome(NamedTuple):
     duplicate_of: int = -1
 
 
+class Before(NamedTuple):
+    """The state from which a replay starts where the rows before have expired. Ids by their hash."""
+
+    reduced: dict[int, tuple[str, Kept]]
+    known: dict[int, int]  # → offset at which the id was last counted
+    taken_down: set[int]
+    counted: dict[tuple[int, int], int]  # cell → n
+
+
 def reduce_partition(
     rows: Iterable[Row],
     *,
@@ -50,12 +59,14 @@ def reduce_partition(
     window: int | None = None,
     gate: float | None = None,
     switches: Sequence[tuple[int, int]] = ((0, 0),),
+    before: Before | None = None,
 ) -> tuple[dict[str, Kept], dict[int, Outcome]]:
     """The reduced set (by id) and the outcome of every row (by offset) of one partition.
 
     rows      in the order of their offsets; ITM as recorded
     p, q      the ratio in lowest terms; cap  most pairs in a cell; window  for duplicates, in offsets; gate  least ITM
     switches  (input offset, epoch): from that offset on pairs are counted in that epoch
+    before    the state that the rows come upon; None: they are the stream's first
     """
     reduced: dict[int, tuple[str, Kept]] = {}  # by the hash of the id, as is everything about ids
     outcomes: dict[int, Outcome] = {}
@@ -63,6 +74,13 @@ def reduce_partition(
     taken_down: set[int] = set()
     counted: dict[tuple[int, int], int] = {}  # cell = (epoch, cluster) → n
     members: dict[tuple[int, int], dict[int, tuple[int, int]]] = {}  # cell → hash → (priority, offset)
+    if before is not None:
+        reduced, known = dict(before.reduced), dict(before.known)
+        taken_down, counted = set(before.taken_down), dict(before.counted)
+        for name, (pair_id, kept) in reduced.items():
+            digest = hashlib.blake2b(pair_id.encode(), digest_size=16, key=struct.pack(">Q", seed)).digest()
+            mark = struct.unpack(">QQ", digest)[1], kept.offset
+            members.setdefault((kept.epoch, kept.cluster), {})[name] = mark
     for offset, pair_id, cluster, itm in rows:
         digest = hashlib.blake2b(pair_id.encode(), digest_size=16, key=struct.pack(">Q", seed)).digest()
         name, priority = struct.unpack(">QQ", digest)

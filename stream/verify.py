@@ -1,0 +1,666 @@
+"""`verify`: the committed stream against the batch reference, for a sceptic.
+
+Replays the rows of `pair-codes` through stream/batch_tldr.py, which shares no line with state/, and compares what it picks
+with what the kept topic and the changelog hold; recomputes clusters from the recorded vectors; and looks for raw records
+that left no trace. A partition at a time, since the reference holds a partition's ids in memory.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from array import array
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import lmdb
+import numpy as np
+
+from state.changelog import ENTRY, FORGOTTEN, KNOWN, Totals, decode_entry, decode_forgotten, known_columns, number_of
+from state.partition import Fate
+from state.priority import hash_id, id_key
+from stream.batch_tldr import Before, Kept, Outcome, Row, reduce_partition
+from stream.cut import first_row_offset, written
+from stream.errors import Differs, NotVerified, TldrError
+from stream.kafka import partition_counts, start_offsets, topic_id
+from stream.kept_index import KeptIndex, Live
+from stream.progress import Progress
+from stream.stream_view import (
+    ChangelogFollower,
+    ChangelogRecord,
+    CodesRow,
+    KeptRecord,
+    StreamSource,
+    StreamView,
+    read_codes,
+    read_dead_letters,
+    read_kept,
+    read_spans,
+    whole,
+)
+
+if TYPE_CHECKING:
+    from models.model import PairModel
+
+# A difference is shown up to this often a kind; `--json` has them all.
+SHOWN = 20
+ASSIGN_ROWS = 4096
+# Gaps nearer than this are read in one go: a seek costs more than these many records.
+GAP_SPAN = 500
+SPANS_MAX = 50
+
+NAMES = {
+    Fate.KEPT: "kept",
+    Fate.OVER_QUOTA: "over quota",
+    Fate.OVER_CAP: "over cap",
+    Fate.BELOW_GATE: "below gate",
+    Fate.DUPLICATE: "duplicate",
+    Fate.FORGOTTEN: "forgotten",
+}
+COUNTED = frozenset({Fate.KEPT, Fate.OVER_QUOTA, Fate.OVER_CAP})
+
+# What can differ, in the order in which it is shown, and what it means.
+KINDS = {
+    "missing": "picked by the batch reference, not in the kept topic",
+    "extra": "in the kept topic, not picked by the batch reference",
+    "missing_in_changelog": "picked by the batch reference, no entry in the changelog",
+    "extra_in_changelog": "an entry in the changelog, not picked by the batch reference",
+    "fate_differs": "recorded with another fate, position or original than the batch reference's",
+    "cluster_differs": "recorded in another cluster than the bundle assigns to its vector",
+    "unaccounted": "a raw record that left neither a row nor a dead letter",
+    "counted_twice": "a raw record that left more than one row or dead letter",
+    "captioned_twice": "a pair that was made visible twice",
+    "totals_differ": "the changelog's totals are not the sum of the rows",
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that is not as it should be. offset: of the raw topic, -1 where nothing tells it."""
+
+    kind: str
+    partition: int
+    offset: int
+    id: str
+    detail: str
+
+
+@dataclass
+class Verified:
+    """What `verify` found.
+
+    verified_from  by partition: the input offset from which on rows were there to replay
+    not_verified   what could not be checked, and why; nothing of it is in the counts
+    """
+
+    stream: str
+    cut: dict[int, int]
+    verified_from: dict[int, int]
+    rows: int = 0
+    dead_letters: int = 0
+    pairs: int = 0
+    captions_visible: int = 0
+    clusters_checked: int = 0
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    differences: list[Difference] = field(default_factory=list)
+    not_verified: list[str] = field(default_factory=list)
+
+    @property
+    def differs(self) -> bool:
+        return bool(self.differences)
+
+    def lines(self) -> Iterator[str]:
+        """The result for a person: what differs first, what was compared last."""
+        for kind, meaning in KINDS.items():
+            found = [d for d in self.differences if d.kind == kind]
+            if found:
+                yield f"{kind}: {meaning}"
+            for d in found[:SHOWN]:
+                yield f"  partition {d.partition} offset {d.offset} id {d.id or '(none)'}: {d.detail}"
+            if len(found) > SHOWN:
+                yield f"  … and {len(found) - SHOWN} more (--json lists them)"
+        yield f"{self.stream} at {written(self.cut)}: {self.rows:,} rows, {self.dead_letters:,} dead letters,"
+        yield f"{self.pairs:,} pairs in the set, {self.clusters_checked:,} clusters recomputed"
+        if not (self.not_verified and not self.rows):
+            yield ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in self.counts.items())
+        for reason in self.not_verified:
+            yield f"NOT VERIFIED: {reason}"
+
+    def raise_for_status(self) -> None:
+        """Raises Differs (exit status 5) or NotVerified (4) unless everything was compared and equal."""
+        if self.differences:
+            found = ", ".join(f"{count} {kind}" for kind, count in self.counts.items() if count)
+            raise Differs(f"the stream {self.stream} differs from the batch reference: {found}")
+        if self.not_verified:
+            raise NotVerified(f"the stream {self.stream} was verified in part: {self.not_verified[0]}")
+
+    def add(self, kind: str, partition: int, offset: int, pair_id: str, detail: str) -> None:
+        self.counts[kind] += 1
+        self.differences.append(Difference(kind, partition, offset, pair_id, detail))
+
+
+def verify(
+    source: StreamSource,
+    raw_topic: str,
+    model_of: Callable[[str], PairModel | None],
+    *,
+    workspace: Path | None = None,
+) -> Verified:
+    """Compares the stream with the batch reference at its newest cut.
+
+    model_of   the model of a bundle version, None where it cannot be had (clusters are then not verified)
+    workspace  folder for temporary indexes; default: the system's
+    """
+    folder = Path(tempfile.mkdtemp(prefix="tldr-verify-", dir=workspace))
+    try:
+        with _Changelog(folder / "changelog") as changelog, KeptIndex(folder / "kept") as index:
+            # To the true end: a kept pair that is visible already must not be ahead of the changelog that we compare with.
+            view = ChangelogFollower(source).advance(changelog.take, wait=True)
+            changelog.flush()
+            out = Verified(source.name, view.cut, {})
+            raw_from = _raw_from(source, raw_topic, view, out)
+            spans = whole(source.connection, source.topics.kept, view.partitions)
+            with Progress("reading kept pairs", sum(end - start for start, end in spans.values())) as progress:
+                index.fill(_advancing(read_kept(source, spans), progress), view.cut)
+            out.captions_visible = index.visible
+            for repeated in index.repeated:
+                out.add(
+                    "captioned_twice", -1, repeated.cause, repeated.id, f"again at kept offset {repeated.kept_offset}"
+                )
+            clusters = _Clusters(model_of, out)
+            for p in sorted(view.partitions):
+                _Partition(source, raw_topic, raw_from, view, p, changelog, index, clusters, out).verify()
+            clusters.conclude()
+            return out
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _advancing(batches: Iterator[list[KeptRecord]], progress: Progress) -> Iterator[list[KeptRecord]]:
+    for batch in batches:
+        yield batch
+        progress.advance(len(batch))
+
+
+def _raw_from(source: StreamSource, raw_topic: str, view: StreamView, out: Verified) -> dict[int, int] | None:
+    """The first raw offset that is still there, by partition; None where the raw topic is gone."""
+    found = partition_counts(source.connection, [raw_topic])
+    if raw_topic not in found:
+        out.not_verified.append(
+            f"the raw topic {raw_topic} does not exist, so gaps in the rows cannot be looked up in it"
+        )
+        return None
+    if topic_id(source.connection, raw_topic) != view.settings.raw_topic_id:
+        raise TldrError(
+            f"{raw_topic} is not the raw topic of the stream {source.name}, or was recreated: give its --topic"
+        )
+    return start_offsets(source.connection, raw_topic, view.partitions)
+
+
+# -- one partition -----------------------------------------------------------------------------------------------------
+
+
+class _Partition:
+    """The comparison of one partition."""
+
+    def __init__(
+        self,
+        source: StreamSource,
+        raw_topic: str,
+        raw_from: Mapping[int, int] | None,
+        view: StreamView,
+        number: int,
+        changelog: _Changelog,
+        index: KeptIndex,
+        clusters: _Clusters,
+        out: Verified,
+    ) -> None:
+        self.source, self.raw_topic, self.raw_from = source, raw_topic, raw_from
+        self.settings, self.head, self.number = view.settings, view.partitions[number], number
+        self.changelog, self.index, self.clusters, self.out = changelog, index, clusters, out
+        self.recorded = _Recorded()
+        self.vectors: dict[int, int] = {}  # offset of a kept pair → hash of its vector
+        self.removed_by: list[tuple[int, str]] = []
+
+    def verify(self) -> None:
+        """Everything about this partition, into the result."""
+        cut, begin = self.head.cut, self.head.begin
+        span = whole(self.source.connection, self.source.topics.codes, [self.number])[self.number]
+        start = self._verifiable_from(span, begin, cut)
+        self.out.verified_from[self.number] = start
+        before = self._state_before(span, start) if start > begin else None
+        letters, letters_expired = self._dead_letters(start)
+        gaps = _Gaps(self.number, start, cut, letters, self.out)
+        reduced, outcomes = reduce_partition(
+            self._rows(span, gaps),
+            seed=self.settings.seed,
+            partition=self.number,
+            p=self.settings.ratio.p,
+            q=self.settings.ratio.q,
+            cap=self.settings.cell_cap,
+            window=self.settings.dedupe_window,
+            gate=self.settings.gate,
+            switches=[(switch.input_offset, epoch) for epoch, switch in sorted(self.head.switches.items())] or [(0, 0)],
+            before=before,
+        )
+        self.clusters.settle()
+        gaps.end()
+        self.out.rows += len(self.recorded.ids)
+        self.out.dead_letters += len(letters)
+        self.out.pairs += self.index.live_count(self.number)
+        self._compare_fates(outcomes, start)
+        self._compare_takedowns(start, cut)
+        self._compare_membership(reduced, outcomes, start)
+        self._look_up(gaps, letters_expired)
+        if start == begin and not letters_expired:
+            self._compare_totals(len(letters))
+
+    def _verifiable_from(self, span: tuple[int, int], begin: int, cut: int) -> int:
+        """The input offset from which on all rows are still there."""
+        if begin >= cut or span[0] == 0:
+            return begin
+        first = first_row_offset(self.source, self.number, *span)
+        if first is not None and first <= begin:
+            return begin
+        start = cut if first is None else min(first, cut)
+        if start == cut:
+            self.out.not_verified.append(f"partition {self.number}: all pair-codes have expired; nothing was replayed")
+        else:
+            self.out.not_verified.append(
+                f"partition {self.number}: pair-codes before input offset {start} have expired (the stream began at "
+                f"{begin}); from there on every fate was replayed, beginning with the counters that the rows carry and the "
+                "pairs of the changelog; of older pairs only that kept topic and changelog agree"
+            )
+        return start
+
+    def _rows(self, span: tuple[int, int], gaps: _Gaps) -> Iterator[Row]:
+        """The recorded rows as the reference reads them; notes what else is to be compared, on the way."""
+        total = self.head.cut - self.head.begin
+        with Progress(f"replaying partition {self.number}", total, "rows") as progress:
+            for row in read_codes(self.source, {self.number: span}, below={self.number: self.head.cut}):
+                progress.advance()
+                if not gaps.row(row):
+                    continue
+                self.recorded.add(row)
+                if row.fate == Fate.KEPT and row.vector is not None:
+                    self.vectors[row.offset] = hash(row.vector.tobytes())
+                self.removed_by += [(row.offset, gone) for gone in row.removed]
+                self.clusters.check(row)
+                yield _as_row(row)
+
+    def _dead_letters(self, start: int) -> tuple[dict[int, int], bool]:
+        """The raw offsets of the partition's dead letters, and whether some of them may have expired."""
+        span = whole(self.source.connection, self.source.topics.dead, [self.number])[self.number]
+        letters: dict[int, int] = {}
+        for letter, _ in read_dead_letters(self.source, {self.number: span}):
+            if not start <= letter.offset < self.head.cut:
+                continue
+            if letter.offset in letters:
+                self.out.add(
+                    "counted_twice", self.number, letter.offset, _text(letter.key),
+                    f"dead letters at {letters[letter.offset]} and {letter.letter_offset}",
+                )  # fmt: skip
+            letters[letter.offset] = letter.letter_offset
+        return letters, span[0] > 0
+
+    # -- what is compared ----------------------------------------------------------------------------------------------
+
+    def _compare_fates(self, outcomes: Mapping[int, Outcome], start: int) -> None:
+        for pair_id, offset, fate, position, duplicate_of in self.recorded:
+            expected = outcomes[offset]
+            got = f"{NAMES[fate]}"
+            wanted = expected.fate
+            if fate in COUNTED:
+                got, wanted = f"{got} at position {position}", f"{wanted} at position {expected.position}"
+            elif fate == Fate.DUPLICATE and expected.duplicate_of >= start:
+                got, wanted = f"{got} of {duplicate_of}", f"{wanted} of {expected.duplicate_of}"
+            if got != wanted:
+                self.out.add("fate_differs", self.number, offset, pair_id, f"recorded {got}, reference {wanted}")
+
+    def _compare_takedowns(self, start: int, cut: int) -> None:
+        """The first row that says `forgotten` is the takedown's own; the changelog remembers it by its offset."""
+        key = id_key(self.settings.seed)
+        taken_down = self.changelog.forgotten.get(self.number, {})
+        seen = set()
+        for pair_id, offset, fate, _, _ in self.recorded:
+            if fate != Fate.FORGOTTEN or pair_id in seen:
+                continue
+            seen.add(pair_id)
+            at = taken_down.get(hash_id(key, pair_id)[0])
+            if at is None or (at != offset and start <= at < cut):
+                why = "nobody took it down" if at is None else f"it was taken down at {at}"
+                self.out.add("fate_differs", self.number, offset, pair_id, f"recorded forgotten, and {why}")
+
+    def _compare_membership(self, reduced: Mapping[str, Kept], outcomes: Mapping[int, Outcome], start: int) -> None:
+        number, out = self.number, self.out
+        rest = dict(reduced)
+        for live in self.index.live(number):
+            expected = rest.pop(live.id, None)
+            where = f"at kept offset {live.kept_offset}"
+            if expected is None:
+                out.add(
+                    "extra", number, -1 if live.cause is None else live.cause, live.id, f"{where}, {self._why(live)}"
+                )
+            elif (live.cause, live.epoch, live.cluster) != (expected.offset, expected.epoch, expected.cluster):
+                got = f"cause {live.cause}, epoch {live.epoch}, cluster {live.cluster}"
+                wanted = f"{expected.offset}, {expected.epoch}, {expected.cluster}"
+                out.add(
+                    "missing", number, expected.offset, live.id, f"{where} stands another record: {got}; not {wanted}"
+                )
+        for pair_id, kept in rest.items():
+            out.add("missing", number, kept.offset, pair_id, f"epoch {kept.epoch}, cluster {kept.cluster}")
+        rest = dict(reduced)
+        for pair_id, offset, epoch, cluster, vector in self.changelog.entries(number):
+            expected = rest.pop(pair_id, None)
+            if expected is None:
+                out.add("extra_in_changelog", number, offset, pair_id, f"epoch {epoch}, cluster {cluster}")
+            elif (offset, epoch, cluster) != (expected.offset, expected.epoch, expected.cluster):
+                wanted = f"{expected.offset}, {expected.epoch}, {expected.cluster}"
+                out.add("missing_in_changelog", number, expected.offset, pair_id,
+                        f"its entry says offset {offset}, epoch {epoch}, cluster {cluster}; not {wanted}")  # fmt: skip
+            elif offset >= start and self.vectors.get(offset) != vector:
+                out.add(
+                    "missing_in_changelog", number, offset, pair_id, "its entry has another index vector than its row"
+                )
+        for pair_id, kept in rest.items():
+            out.add("missing_in_changelog", number, kept.offset, pair_id, f"epoch {kept.epoch}, cluster {kept.cluster}")
+
+    def _why(self, live: Live) -> str:
+        if live.cause is None:
+            return "no worker wrote it (it has no cause)"
+        at = self.recorded.fate_at(live.cause)
+        if at is None:
+            return "its cause left no row"
+        pair_id, fate = at
+        return f"its cause was recorded {NAMES[fate]}" + ("" if pair_id == live.id else f" for {pair_id}")
+
+    def _compare_totals(self, letters: int) -> None:
+        fates = self.recorded.counts()
+        counted = sum(fates[fate] for fate in COUNTED)
+        ours = {
+            "read": len(self.recorded.ids) + letters,
+            "dead": letters,
+            "duplicates": fates[Fate.DUPLICATE],
+            "forgotten": fates[Fate.FORGOTTEN],
+            "below_gate": fates[Fate.BELOW_GATE],
+            "counted": counted,
+            "over_quota": fates[Fate.OVER_QUOTA],
+            "over_cap": fates[Fate.OVER_CAP],
+            "kept": fates[Fate.KEPT],
+        }
+        theirs: Totals = self.head.totals
+        different = [
+            f"{name} {getattr(theirs, name)}, not {count}"
+            for name, count in ours.items()
+            if getattr(theirs, name) != count
+        ]
+        gone = theirs.evicted + theirs.removed
+        if gone != len(self.removed_by):
+            different.append(f"evicted and removed {gone}, not {len(self.removed_by)}")
+        if different:
+            self.out.add("totals_differ", self.number, -1, "", "; ".join(different))
+
+    # -- raw records without a trace -----------------------------------------------------------------------------------
+
+    def _look_up(self, gaps: _Gaps, letters_expired: bool) -> None:
+        """A gap is a raw record without a trace unless it is none: a transaction's marker, or compacted away."""
+        if self.raw_from is None:
+            return
+        first = self.raw_from[self.number]
+        gone = sum(min(end, first) - start for start, end in gaps.found if start < first)
+        if gone:
+            self.out.not_verified.append(
+                f"partition {self.number}: {gone} offsets below {first} left no row and no dead letter; the raw topic's "
+                "retention has taken them, so it cannot be told whether they were records"
+            )
+        there = [(max(start, first), end) for start, end in gaps.found if end > first]
+        untraced = [
+            message
+            for span in _merged(there)
+            for messages in read_spans(self.source.connection, self.raw_topic, {self.number: span})
+            for message in messages
+            if any(start <= message.offset() < end for start, end in there)
+        ]
+        if untraced and letters_expired:
+            self.out.not_verified.append(
+                f"partition {self.number}: {len(untraced)} raw records (the first at offset {untraced[0].offset()}) left no "
+                "row; dead letters have expired, so it cannot be told whether these were some"
+            )
+            return
+        for message in untraced:
+            self.out.add(
+                "unaccounted", self.number, message.offset(), _text(message.key()), "neither row nor dead letter"
+            )
+
+    # -- where rows have expired ---------------------------------------------------------------------------------------
+
+    def _state_before(self, span: tuple[int, int], start: int) -> Before:
+        """What the rows from `start` on came upon, from what the changelog still says and the rows themselves carry.
+
+        A cell's counter is the position of its first row. In the set were the pairs that are in it now and those that
+        were removed since. Known were the ids of the changelog's K records, and those that duplicates refer to.
+        """
+        key = id_key(self.settings.seed)
+        number, cut = self.number, self.head.cut
+        counted: dict[tuple[int, int], int] = {}
+        known = {h: at for h, at in self.changelog.known.get(number, {}).items() if at < start}
+        kept_since: set[str] = set()
+        gone: dict[str, tuple[int, int]] = {}
+        for row in read_codes(self.source, {number: span}, below={number: cut}):
+            if row.fate in COUNTED:
+                counted.setdefault((row.epoch, row.cluster), row.position)
+            if row.fate == Fate.KEPT:
+                kept_since.add(row.id)
+            if row.fate == Fate.DUPLICATE and row.duplicate_of < start:
+                known.setdefault(hash_id(key, row.id)[0], row.duplicate_of)
+            for pair_id in row.removed:
+                if pair_id not in kept_since:
+                    # Who is evicted was in the cell of the pair that took its place; of a takedown nothing tells the cell.
+                    gone.setdefault(pair_id, (row.epoch, row.cluster))
+        reduced = {
+            hash_id(key, pair_id)[0]: (pair_id, Kept(epoch, cluster, -1, offset))
+            for pair_id, offset, epoch, cluster, _ in self.changelog.entries(number)
+            if offset < start
+        }
+        for pair_id, (epoch, cluster) in gone.items():
+            name = hash_id(key, pair_id)[0]
+            reduced[name] = pair_id, Kept(epoch, cluster, -1, known.get(name, -1))
+        if self.settings.cell_cap is not None and any(cluster < 0 for _, cluster in gone.values()):
+            self.out.not_verified.append(
+                f"partition {number}: pairs from before offset {start} were taken down since, and no row tells their "
+                "cells: a cell that had its cap may show one eviction as a difference"
+            )
+        for name, (_, kept) in reduced.items():
+            known.setdefault(name, kept.offset)
+        taken_down = {h for h, at in self.changelog.forgotten.get(number, {}).items() if at < start}
+        return Before(reduced, known, taken_down, counted)
+
+
+def _as_row(row: CodesRow) -> Row:
+    # A forgotten id stays forgotten, so reading each of its rows as a takedown changes nothing.
+    return Row(row.offset, row.id, None if row.fate == Fate.FORGOTTEN else row.cluster, row.itm)
+
+
+def _merged(gaps: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans that cover the gaps: neighbours in one."""
+    merged: list[tuple[int, int]] = []
+    for start, end in gaps:
+        if merged and start - merged[-1][1] < GAP_SPAN:
+            merged[-1] = merged[-1][0], end
+        else:
+            merged.append((start, end))
+    return merged if len(merged) <= SPANS_MAX else [(merged[0][0], merged[-1][1])]
+
+
+def _text(key: bytes | None) -> str:
+    return (key or b"").decode("utf-8", "replace")
+
+
+class _Recorded:
+    """The rows' ids, offsets, fates, positions and originals, in columns: a partition of them fits into memory."""
+
+    def __init__(self) -> None:
+        self.ids: list[str] = []
+        self.offsets, self.positions, self.duplicate_of = array("q"), array("q"), array("q")
+        self.fates = bytearray()
+
+    def add(self, row: CodesRow) -> None:
+        self.ids.append(row.id)
+        self.offsets.append(row.offset)
+        self.positions.append(row.position)
+        self.duplicate_of.append(row.duplicate_of)
+        self.fates.append(row.fate)
+
+    def __iter__(self) -> Iterator[tuple[str, int, Fate, int, int]]:
+        fates = [Fate(number) for number in range(len(Fate))]
+        for i, pair_id in enumerate(self.ids):
+            yield pair_id, self.offsets[i], fates[self.fates[i]], self.positions[i], self.duplicate_of[i]
+
+    def fate_at(self, offset: int) -> tuple[str, Fate] | None:
+        """The id and fate of the row of this offset."""
+        i = int(np.searchsorted(np.frombuffer(self.offsets, np.int64), offset)) if self.ids else 0
+        if i < len(self.ids) and self.offsets[i] == offset:
+            return self.ids[i], Fate(self.fates[i])
+        return None
+
+    def counts(self) -> dict[Fate, int]:
+        return {fate: self.fates.count(fate) for fate in Fate}
+
+
+class _Gaps:
+    """Input offsets without a row and without a dead letter, found while the rows pass by; and those with two."""
+
+    def __init__(self, partition: int, start: int, cut: int, letters: Mapping[int, int], out: Verified) -> None:
+        self.partition, self.cut, self.letters, self.out = partition, cut, letters, out
+        self.found: list[tuple[int, int]] = []
+        self._next = start
+        self._start = start
+        self._pending = sorted(letters)
+        self._letter = 0
+
+    def row(self, row: CodesRow) -> bool:
+        """Takes note of a row; False: its offset had one already, or it lies before the start."""
+        if row.offset < self._start:
+            return False
+        if row.offset < self._next:
+            self.out.add("counted_twice", self.partition, row.offset, row.id, f"another row says {NAMES[row.fate]}")
+            return False
+        if row.offset in self.letters:
+            self.out.add("counted_twice", self.partition, row.offset, row.id, f"a dead letter, and {NAMES[row.fate]}")
+        self._pass(row.offset)
+        self._next = row.offset + 1
+        return True
+
+    def end(self) -> None:
+        """The offsets between the last row and the cut."""
+        self._pass(self.cut)
+
+    def _pass(self, until: int) -> None:
+        while self._letter < len(self._pending) and self._pending[self._letter] < until:
+            at = self._pending[self._letter]
+            if at > self._next:
+                self.found.append((self._next, at))
+            self._next = max(self._next, at + 1)
+            self._letter += 1
+        if until > self._next:
+            self.found.append((self._next, until))
+
+
+class _Clusters:
+    """Recomputes the clusters of recorded vectors, a few thousand rows at once, with the bundle that the rows name."""
+
+    def __init__(self, model_of: Callable[[str], PairModel | None], out: Verified) -> None:
+        self._model_of, self._out = model_of, out
+        self._models: dict[str, PairModel | None] = {}
+        self._rows: list[CodesRow] = []
+        self._unknown: dict[str, int] = {}
+
+    def check(self, row: CodesRow) -> None:
+        if row.vector is None:
+            return
+        if self._rows and self._rows[0].bundle != row.bundle:
+            self.settle()
+        self._rows.append(row)
+        if len(self._rows) >= ASSIGN_ROWS:
+            self.settle()
+
+    def settle(self) -> None:
+        """Compares the rows that wait."""
+        if not self._rows:
+            return
+        bundle = self._rows[0].bundle
+        if bundle not in self._models:
+            self._models[bundle] = self._model_of(bundle)
+        model = self._models[bundle]
+        if model is None:
+            self._unknown[bundle] = self._unknown.get(bundle, 0) + len(self._rows)
+        else:
+            assigned = model.assign(np.array([row.vector for row in self._rows], np.uint16)).tolist()
+            self._out.clusters_checked += len(assigned)
+            for row, cluster in zip(self._rows, assigned, strict=True):
+                if cluster != row.cluster:
+                    detail = f"recorded {row.cluster}, bundle {bundle[:12]} says {cluster}"
+                    self._out.add("cluster_differs", row.partition, row.offset, row.id, detail)
+        self._rows = []
+
+    def conclude(self) -> None:
+        for bundle, rows in self._unknown.items():
+            self._out.not_verified.append(
+                f"{rows} clusters, since the bundle {bundle[:12]} is neither announced nor given: give --bundle FOLDER"
+            )
+
+
+class _Changelog:
+    """The E records of all partitions on disk; K and F, eight bytes an id, in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        self._env = lmdb.open(str(folder), map_size=1 << 40, sync=False, metasync=False, lock=False)
+        self._pending: dict[bytes, bytes | None] = {}
+        self.known: dict[int, dict[int, int]] = {}
+        self.forgotten: dict[int, dict[int, int]] = {}
+
+    def __enter__(self) -> _Changelog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._env.close()
+
+    def take(self, record: ChangelogRecord) -> None:
+        partition, key, value = record
+        kind = key[:1]
+        if kind == ENTRY:
+            self._pending[partition.to_bytes(4, "big") + key[1:]] = value
+            if len(self._pending) >= 50_000:
+                self.flush()
+        elif kind == KNOWN and value is not None:
+            hashes, offsets = known_columns(key, value)
+            names, at = np.frombuffer(hashes, ">u8").tolist(), np.frombuffer(offsets, ">u8").tolist()
+            self.known.setdefault(partition, {}).update(zip(names, at, strict=True))
+        elif kind == FORGOTTEN and value is not None:
+            self.forgotten.setdefault(partition, {})[number_of(key)] = decode_forgotten(value)
+
+    def flush(self) -> None:
+        with self._env.begin(write=True) as txn:
+            for key, value in sorted(self._pending.items()):
+                if value is None:
+                    txn.delete(key)
+                else:
+                    txn.put(key, value)
+        self._pending.clear()
+
+    def entries(self, partition: int) -> Iterator[tuple[str, int, int, int, int]]:
+        """(id, offset, epoch, cluster, hash of the vector) of every entry of a partition."""
+        prefix = partition.to_bytes(4, "big")
+        with self._env.begin() as txn, txn.cursor() as cursor:
+            if cursor.set_range(prefix):
+                for key, value in cursor.iternext():
+                    if key[:4] != prefix:
+                        return
+                    entry = decode_entry(value)
+                    yield entry.pair_id, entry.offset, entry.epoch, entry.cluster, hash(entry.vector.tobytes())
