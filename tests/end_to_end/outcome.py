@@ -1,0 +1,219 @@
+"""Raw pairs into a topic, and what a stream made of them, read back from its topics and held against the batch reference.
+
+Each way to be wrong has a name, and `anomalies` counts them (Jepsen's manner).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from state.partition import Fate
+from state.partition_store import PartitionStore
+from stream.batch_tldr import Outcome as Expected
+from stream.batch_tldr import Row, reduce_partition
+from stream.errors import TldrError
+from stream.kafka import Connection, create_missing, end_offsets
+from stream.murmur2 import partitions_of
+from stream.records import Codec
+from stream.stream_view import (
+    CodesRow,
+    DeadLetterSeen,
+    KeptRecord,
+    StreamSource,
+    StreamView,
+    read_codes,
+    read_dead_letters,
+    read_kept,
+    read_view,
+    whole,
+)
+from stream.topics import StreamTopics
+
+NAMES = {
+    Fate.KEPT: "kept",
+    Fate.OVER_QUOTA: "over quota",
+    Fate.OVER_CAP: "over cap",
+    Fate.BELOW_GATE: "below gate",
+    Fate.DUPLICATE: "duplicate",
+    Fate.FORGOTTEN: "forgotten",
+}
+COUNTED = (Fate.KEPT, Fate.OVER_QUOTA, Fate.OVER_CAP)
+NO_ANOMALY = dict.fromkeys(
+    ("lost", "counted_twice", "captioned_twice", "differs_from_batch", "kept_without_a_caption", "taken_back"), 0
+)
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A record of the raw topic; `value` overrides what is encoded from the rest. key None: no key."""
+
+    id: str
+    caption: str = "a caption"
+    image: bytes | None = None
+    image_uri: str | None = None
+    key: bytes | None = b"="  # b"=": the id
+    value: bytes | None = b"="  # b"=": a RawPair; None: a takedown
+    headers: tuple[tuple[str, bytes], ...] = ()
+    fields: dict[str, str] = field(default_factory=dict)
+
+
+def pairs(count: int, pictures: int = 12, prefix: str = "pair") -> list[Raw]:
+    """Distinct ids that share a few pictures: the null model then makes as few clusters."""
+    return [Raw(f"{prefix}-{i}", f"caption {i}", b"picture %d" % (i * 7 % pictures)) for i in range(count)]
+
+
+def create_topic(kafka: Connection, topic: str, partitions: int = 2, **settings: str) -> None:
+    create_missing(kafka, {topic: {key.replace("_", "."): value for key, value in settings.items()}}, partitions)
+
+
+def send(kafka: Connection, topic: str, records: Iterable[Raw], partitions: int = 2) -> None:
+    """Produces `records` in order, each into its key's murmur2 partition (without a key: into the last one)."""
+    codec, producer = Codec("RawPair"), kafka.producer(linger_ms=5)
+    for record in records:
+        key = record.id.encode() if record.key == b"=" else record.key
+        value = record.value
+        if value == b"=":
+            pair: dict[str, Any] = {
+                "id": record.id, "caption": record.caption, "image": record.image, "image_uri": record.image_uri,
+                "fields": record.fields,
+            }  # fmt: skip
+            value = codec.encode(pair)
+        number = partitions - 1 if key is None else int(partitions_of([key], partitions)[0])
+        while True:
+            try:
+                producer.produce(topic, value, key, number, headers=list(record.headers))
+                break
+            except BufferError:
+                producer.poll(0.1)
+    assert producer.flush(30) == 0
+
+
+@dataclass
+class Outcome:
+    """All that a stream has committed."""
+
+    view: StreamView
+    rows: list[CodesRow]
+    kept: list[KeptRecord]
+    dead: list[tuple[DeadLetterSeen, Any]]
+    ends: dict[int, int]  # of the raw topic
+    codec: Codec
+
+    @property
+    def newest(self) -> dict[tuple[int, str], KeptRecord]:
+        """The newest record of each key in the kept topic, removals included."""
+        return {(record.partition, record.id): record for record in self.kept}
+
+    @property
+    def reduced_set(self) -> dict[str, dict[str, Any]]:
+        """What a reader of the kept topic has in the end: id → KeptPair."""
+        return {
+            pair_id: self.codec.decode(record.value)
+            for (_, pair_id), record in self.newest.items()
+            if record.value is not None
+        }
+
+    def fate(self, pair_id: str) -> list[str]:
+        """The fates of every record with this id, in order; a dead letter as `dead: reason`."""
+        found = [(row.partition, row.offset, NAMES[row.fate]) for row in self.rows if row.id == pair_id]
+        found += [
+            (seen.partition, seen.offset, f"dead: {seen.reason}")
+            for seen, message in self.dead
+            if (message.key() or b"") == pair_id.encode()
+        ]
+        return [fate for _, _, fate in sorted(found)]
+
+    def expected(self) -> tuple[dict[str, int], dict[tuple[int, int], Expected]]:
+        """The batch reference's reduced set (id → partition) and the outcome of every row, from the recorded rows."""
+        settings = self.view.settings
+        reduced: dict[str, int] = {}
+        outcomes: dict[tuple[int, int], Expected] = {}
+        # A looked-at image has a cluster; a duplicate's is not recorded, and it cannot matter.
+        takedowns = self._takedowns()
+        for p in self.view.partitions:
+            rows = [
+                Row(row.offset, row.id, None if (p, row.offset) in takedowns else row.cluster, row.itm)
+                for row in sorted(self.rows, key=lambda row: row.offset)
+                if row.partition == p
+            ]
+            kept, found = reduce_partition(
+                rows, seed=settings.seed, partition=p, p=settings.ratio.p, q=settings.ratio.q, cap=settings.cell_cap,
+                window=settings.dedupe_window, gate=settings.gate,
+            )  # fmt: skip
+            reduced |= dict.fromkeys(kept, p)
+            outcomes |= {(p, offset): outcome for offset, outcome in found.items()}
+        return reduced, outcomes
+
+    def _takedowns(self) -> set[tuple[int, int]]:
+        # The first forgotten row of an id is its takedown; the rest is forgotten because of it.
+        first: dict[tuple[int, str], int] = {}
+        for row in sorted(self.rows, key=lambda row: row.offset):
+            if row.fate == Fate.FORGOTTEN:
+                first.setdefault((row.partition, row.id), row.offset)
+        return {(p, offset) for (p, _), offset in first.items()}
+
+    def anomalies(self) -> dict[str, int]:
+        """How often each thing that never may happen has happened (`NO_ANOMALY` if never)."""
+        places = Counter([(r.partition, r.offset) for r in self.rows] + [(s.partition, s.offset) for s, _ in self.dead])
+        every = {(p, offset) for p, end in self.ends.items() for offset in range(end)}
+        settings = self.view.settings
+        counted = Counter((r.partition, r.id) for r in self.rows if r.fate in COUNTED)
+        kept_rows = {(r.partition, r.offset): r.id for r in self.rows if r.fate == Fate.KEPT}
+        captions = Counter((k.partition, k.cause) for k in self.kept if k.value is not None)
+        reduced, outcomes = self.expected()
+        differ = sum(outcomes[r.partition, r.offset].fate != NAMES[r.fate] for r in self.rows)
+        removed = {(r.partition, gone) for r in self.rows for gone in r.removed}
+        tombstones = {(k.partition, k.id) for k in self.kept if k.value is None}
+        return {
+            "lost": len(every - places.keys()),
+            "counted_twice": sum(n - 1 for n in places.values())
+            + (sum(n - 1 for n in counted.values()) if settings.dedupe_window is None else 0),
+            "captioned_twice": sum(n - 1 for n in captions.values()),
+            "differs_from_batch": differ + len(reduced.keys() ^ self.reduced_set.keys()),
+            "kept_without_a_caption": len(kept_rows.keys() ^ captions.keys()),
+            "taken_back": len(removed ^ tombstones),
+        }
+
+
+def outcome_of(kafka: Connection, topic: str, stream: str | None = None) -> Outcome:
+    """Reads everything that the stream on `topic` has committed."""
+    source = StreamSource(kafka, StreamTopics(stream or topic))
+    view = read_view(source)
+    numbers = list(view.partitions)
+    return Outcome(
+        view,
+        list(read_codes(source, whole(kafka, source.topics.codes, numbers), below=view.cut)),
+        [r for batch in read_kept(source, whole(kafka, source.topics.kept, numbers)) for r in batch],
+        list(read_dead_letters(source, whole(kafka, source.topics.dead, numbers))),
+        end_offsets(kafka, topic, numbers),
+        source.codec("KeptPair"),
+    )
+
+
+def processed(kafka: Connection, topic: str) -> bool:
+    """Whether everything in the raw topic is committed."""
+    try:
+        view = read_view(StreamSource(kafka, StreamTopics(topic)))
+    except TldrError:  # nothing is committed yet
+        return False
+    ends = end_offsets(kafka, topic, view.partitions)
+    return all(view.cut[p] == end for p, end in ends.items())
+
+
+def stores_of(folders: Sequence[Path], partitions: int) -> dict[int, dict[bytes, bytes]]:
+    """Every key of the stores that closed workers have left, by partition; the longest one where several have it."""
+    found: dict[int, tuple[int, dict[bytes, bytes]]] = {}
+    for folder in folders:
+        for p in range(partitions):
+            path = folder / f"partition-{p}"
+            if not path.exists():
+                continue
+            with PartitionStore(path) as store:
+                position = store.changelog_position or 0
+                if position >= found.get(p, (0, {}))[0]:
+                    found[p] = (position, dict(store.items()))
+    return {p: content for p, (_, content) in found.items()}
