@@ -50,7 +50,7 @@ class Allowed:
         """From scheme://host[:port][/path]; a host may start with "*." for all hosts below it. Raises TldrError."""
         try:
             parts = urlsplit(text)
-            port = parts.port
+            parts.port  # noqa: B018 (raises where it is no number)
         except ValueError as error:
             raise TldrError(f"--fetch-allow {text}: {error}") from error
         scheme = parts.scheme.lower()
@@ -64,7 +64,10 @@ class Allowed:
         if scheme == "file":
             return cls(scheme, "", None, os.path.realpath(parts.path))
         if scheme in WEB_PORTS:
-            return cls(scheme, parts.hostname or "", port or WEB_PORTS[scheme], parts.path or "/")
+            import yarl  # as the URIs will be taken apart
+
+            url = yarl.URL(text)
+            return cls(scheme, (url.host or "").lower(), url.port, url.path_safe or "/")
         return cls(scheme, parts.netloc, None, parts.path or "/")
 
     def covers(self, scheme: str, host: str, port: int | None, path: str) -> bool:

@@ -432,7 +432,7 @@ def _pair(place: str, values: Entry, naming: Mapping[str, str]) -> SourcePair:
             raise _NotAPair("no-image", "neither image bytes nor a URI")
     used = {caption_name, image_name, uri_name}
     fields = {
-        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        name: field_text(value)
         for name, value in values.items()
         if name not in used and not (value is None or isinstance(value, bytes) or value == caption)
     }
@@ -470,6 +470,13 @@ def _image(values: Entry, naming: Mapping[str, str]) -> tuple[bytes | None, str 
     # A row whose download failed has a null image: its URL is not a pair, or a worker would fetch what img2dataset
     # has already given up.
     raise _NotAPair("no-image", f"{name} is empty" if not value else f"{name} is neither bytes nor a URI")
+
+
+def field_text(value: Any) -> str:
+    """A value of the source as the text of a field: itself, JSON, or what its type shows (a date, a decimal)."""
+    if isinstance(value, (dict, list, int, float)):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return str(value)
 
 
 def content_id(image: bytes, caption: str) -> str:

@@ -19,7 +19,7 @@ import fastavro
 import fastavro.schema
 
 from stream.errors import TldrError
-from stream.pair_sources import TARGETS, content_id
+from stream.pair_sources import TARGETS, content_id, field_text
 from stream.records import (
     CONFLUENT_MAGIC,
     HEADER_BYTES,
@@ -258,7 +258,7 @@ def _mapped(content: Any, message_key: bytes | None, paths: Mapping[str, str]) -
         raise UndecodableRecord("no-image", f"no image at {paths.get('image', 'image')}")
     pair_id = _id(content, message_key, paths) or image_uri or content_id(image or b"", caption)
     fields = {
-        str(name): value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        str(name): field_text(value)
         for name, value in content.items()
         if value is not None and value != {} and not isinstance(value, bytes)
     }
