@@ -465,6 +465,114 @@ def dlq_replay(
     show(replay(source, topic, reason or (), dry_run=dry_run), json)
 
 
+@app.command(cls=JobCommand)
+def snapshot(
+    out: Annotated[Path, typer.Argument(help="Folder of the snapshot: empty, new, or that of an unfinished one.")],
+    topic: Topic,
+    stream: Stream = None,
+    format: Annotated[str, typer.Option(help="webdataset or parquet.")] = "webdataset",  # noqa: A002
+    ratio: Annotated[
+        str | None,
+        typer.Option(
+            help="Share of the counted pairs, at most the stream's: 10, 10% or 1/10.  [default: the stream's]"
+        ),
+    ] = None,
+    cut: Annotated[
+        str | None,
+        typer.Option(help="Input offsets 0:120,1:96, or the manifest of another snapshot.  [default: the newest]"),
+    ] = None,
+    manifest_only: Annotated[bool, typer.Option("--manifest-only", help="Say which pairs, write none.")] = False,
+    shard_pairs: Annotated[int, typer.Option(help="Pairs in a shard, about.", min=1)] = 10_000,
+    bootstrap_servers: BootstrapServers = DEFAULT_BOOTSTRAP,
+    kafka: KafkaSettings = None,
+    kafka_properties: KafkaProperties = None,
+    schemas: Schemas = None,
+    schema_registry: SchemaRegistry = None,
+    json: Json = False,
+) -> None:
+    """Freeze the reduced set at one consistent cut, for training. The same cut gives the same bytes.
+
+    Example: tldr-stream snapshot ./train --topic raw-pairs --format webdataset --ratio 10
+    """
+    from state.quota import Ratio
+    from stream.cut import parse_cut
+    from stream.results import show
+    from stream.snapshot import snapshot as take
+
+    source = _source(topic, stream, bootstrap_servers, kafka, kafka_properties, schemas, schema_registry)
+    taken = take(
+        source,
+        out,
+        format=format,
+        ratio=None if ratio is None else Ratio.parse(ratio),
+        cut=None if cut is None else parse_cut(cut),
+        manifest_only=manifest_only,
+        shard_pairs=shard_pairs,
+    )
+    show(taken, json)
+
+
+@app.command(cls=JobCommand)
+def verify(
+    topic: Topic,
+    stream: Stream = None,
+    bundle: Annotated[
+        str | None, typer.Option(help="Folder of the bundle.  [default: where it was announced to be]")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="bundle, or null for a stream that was made with the null model.")
+    ] = "bundle",
+    bootstrap_servers: BootstrapServers = DEFAULT_BOOTSTRAP,
+    kafka: KafkaSettings = None,
+    kafka_properties: KafkaProperties = None,
+    schemas: Schemas = None,
+    schema_registry: SchemaRegistry = None,
+    json: Json = False,
+) -> None:
+    """Compare the stream with the batch reference: 0 missing, 0 extra, or the pairs that differ.
+
+    Exit status 0: equal; 5: something differs; 4: what proves it has expired in part, and the rest is equal.
+
+    Example: tldr-stream verify --topic raw-pairs
+    """
+    from stream.errors import TldrError
+    from stream.results import show
+    from stream.verify import models_of
+    from stream.verify import verify as compare
+
+    if model not in ("bundle", "null"):
+        raise TldrError(f"--model {model}: use `bundle` or `null`")
+    source = _source(topic, stream, bootstrap_servers, kafka, kafka_properties, schemas, schema_registry)
+    found = compare(source, topic, models_of(source, bundle, null=model == "null"))
+    show(found, json)
+    found.raise_for_status()
+
+
+@app.command(cls=JobCommand)
+def explain(
+    pair_id: Annotated[str, typer.Argument(metavar="ID", help="Id of the pair.")],
+    topic: Topic,
+    stream: Stream = None,
+    bootstrap_servers: BootstrapServers = DEFAULT_BOOTSTRAP,
+    kafka: KafkaSettings = None,
+    kafka_properties: KafkaProperties = None,
+    schemas: Schemas = None,
+    schema_registry: SchemaRegistry = None,
+    json: Json = False,
+) -> None:
+    """Tell why a pair was kept, dropped, evicted, forgotten or dead-lettered.
+
+    Example: tldr-stream explain https://example.org/cat.jpg --topic raw-pairs
+    """
+    from stream.explain import explain as look_up
+    from stream.results import show
+
+    show(
+        look_up(_source(topic, stream, bootstrap_servers, kafka, kafka_properties, schemas, schema_registry), pair_id),
+        json,
+    )
+
+
 def _source(
     topic: str,
     stream: str | None,

@@ -83,7 +83,7 @@ class KeptPairs(IterableDataset[Any]):
         # What is done, a layer for each number of slots that has worked on it: slots → slot → partition → next offset.
         self._done: dict[int, dict[int, dict[int, int]]] = {}
         self._ends: dict[int, int] | None = None
-        self._slots = self.world_size
+        self._resuming = False
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -91,7 +91,9 @@ class KeptPairs(IterableDataset[Any]):
         worker = get_worker_info()
         workers, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
         slots, slot = self.world_size * workers, self.rank * workers + number
-        self._slots = slots
+        if not self._resuming:
+            self.start_over()
+        self._resuming = False
         count = partition_counts(self.connection, [self.topics.kept]).get(self.topics.kept)
         if count is None:
             raise TldrError(
@@ -189,6 +191,14 @@ class KeptPairs(IterableDataset[Any]):
         positions = self._done.setdefault(slots, {}).setdefault(slot, {})
         positions[partition] = max(positions.get(partition, 0), next_offset)
 
+    def start_over(self) -> None:
+        """Forgets what is done: the next iteration yields every pair of the set as it is then.
+
+        An iteration in this process does so by itself, unless a state was loaded before it. With loader workers call it
+        before every epoch but a resumed one.
+        """
+        self._done, self._ends, self._resuming = {}, None, False
+
     # -- resuming ------------------------------------------------------------------------------------------------------
 
     def consumed(self, partitions: Iterable[int], offsets: Iterable[int], workers: int = 0) -> None:
@@ -225,6 +235,7 @@ class KeptPairs(IterableDataset[Any]):
                 for slot, own in by_slot.items():
                     for p, at in own.items():
                         self._mark(int(slots), int(slot), int(p), at)
+            self._resuming = True
             if one["ends"] is not None and not self.follow:
                 ends = {int(p): end for p, end in one["ends"].items()}
                 self._ends = {p: max(end, (self._ends or {}).get(p, 0)) for p, end in ends.items()}

@@ -23,6 +23,7 @@ from state.changelog import ENTRY, FORGOTTEN, KNOWN, Totals, decode_entry, decod
 from state.partition import Fate
 from state.priority import hash_id, id_key
 from stream.batch_tldr import Before, Kept, Outcome, Row, reduce_partition
+from stream.bundles import announced
 from stream.cut import first_row_offset, written
 from stream.errors import Differs, NotVerified, TldrError
 from stream.kafka import partition_counts, start_offsets, topic_id
@@ -104,13 +105,23 @@ class Verified:
     pairs: int = 0
     captions_visible: int = 0
     clusters_checked: int = 0
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    missing: int = 0
+    extra: int = 0
+    missing_in_changelog: int = 0
+    extra_in_changelog: int = 0
+    fate_differs: int = 0
+    cluster_differs: int = 0
+    unaccounted: int = 0
+    counted_twice: int = 0
+    captioned_twice: int = 0
+    totals_differ: int = 0
     differences: list[Difference] = field(default_factory=list)
     not_verified: list[str] = field(default_factory=list)
 
     @property
-    def differs(self) -> bool:
-        return bool(self.differences)
+    def counts(self) -> dict[str, int]:
+        """How often each kind of difference was found."""
+        return {kind: getattr(self, kind) for kind in KINDS}
 
     def lines(self) -> Iterator[str]:
         """The result for a person: what differs first, what was compared last."""
@@ -138,7 +149,7 @@ class Verified:
             raise NotVerified(f"the stream {self.stream} was verified in part: {self.not_verified[0]}")
 
     def add(self, kind: str, partition: int, offset: int, pair_id: str, detail: str) -> None:
-        self.counts[kind] += 1
+        setattr(self, kind, getattr(self, kind) + 1)
         self.differences.append(Difference(kind, partition, offset, pair_id, detail))
 
 
@@ -198,6 +209,31 @@ def _raw_from(source: StreamSource, raw_topic: str, view: StreamView, out: Verif
             f"{raw_topic} is not the raw topic of the stream {source.name}, or was recreated: give its --topic"
         )
     return start_offsets(source.connection, raw_topic, view.partitions)
+
+
+def models_of(
+    source: StreamSource, bundle: str | None = None, *, null: bool = False
+) -> Callable[[str], PairModel | None]:
+    """Where `verify` finds the model of a bundle version: in the folder `bundle`, or where it was announced to be.
+
+    null  the stream was made with `consume --model null`
+    """
+
+    def find(version: str) -> PairModel | None:
+        if null:
+            from models.null import NullModel
+
+            return NullModel()
+        from models.bundle import load_model, read_manifest
+
+        # A kept pair names the first half of the version, which is unique enough to find it by.
+        folders = [bundle] if bundle else [a.uri for a in announced(source.connection) if a.version.startswith(version)]
+        for folder in folders:
+            if Path(folder).is_dir() and read_manifest(folder).version.startswith(version):
+                return load_model(folder)
+        return None
+
+    return find
 
 
 # -- one partition -----------------------------------------------------------------------------------------------------
