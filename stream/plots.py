@@ -1,0 +1,159 @@
+"""The report's charts as inline SVG, whose colours the page's style decides (light or dark). Must not know Kafka."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stream.report_data import ITM_BINS, Curve, Histogram
+
+# Each stands for a custom property of the page's style (templates/report.html): SVG in a page may use those.
+INK, FAINT, SOFT, ACCENT = "#010101", "#020202", "#030303", "#040404"
+LINES = ("#040404", "#050505", "#060606", "#070707", "#080808", "#090909")
+PROPERTIES = {
+    INK: "--ink",
+    FAINT: "--rule",
+    SOFT: "--soft",
+    **{colour: f"--line-{i}" for i, colour in enumerate(LINES)},
+}
+PARTITIONS_DRAWN = len(LINES)
+BARS_MAX = 120
+WIDTH_IN, HEIGHT_IN = 8.6, 2.9
+
+
+def keep_rate(curves: list[Curve], share: float) -> str:
+    """Kept ÷ counted along the input: of each stretch (dots) and up to there (line), against the quota M."""
+
+    def draw(axes: Any) -> None:
+        shown = curves if len(curves) <= PARTITIONS_DRAWN else [_all(curves)]
+        for curve, colour in zip(shown, LINES, strict=False):
+            edges = curve.begin + (np.arange(len(curve.counted)) + 1) * (curve.cut - curve.begin) / len(curve.counted)
+            some = curve.counted > 0
+            label = f"partition {curve.partition}" if curve.partition >= 0 else f"all {len(curves)} partitions"
+            axes.plot(edges[some], curve.kept[some] / curve.counted[some], ".", color=colour, alpha=0.45, markersize=4)
+            axes.plot(
+                edges[some],
+                np.cumsum(curve.kept)[some] / np.cumsum(curve.counted)[some],
+                color=colour,
+                linewidth=1.6,
+                label=label,
+            )
+        axes.axhline(share, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=f"quota M = {100 * share:.3g} %")
+        top = max([share, *(_largest(curve) for curve in shown)])
+        axes.set_ylim(0, min(1.0, 1.15 * top) if top < 1 else 1.05)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.set_xlabel(
+            "offset in the raw topic" if curves == shown else "share of each partition's offsets, in 1/1000"
+        )
+        axes.set_ylabel("kept ÷ counted")
+        axes.legend(loc="lower right", ncols=4, frameon=False)
+
+    return _svg("keep-rate", "Keep-rate along the input against the quota", draw)
+
+
+def cluster_sizes(sizes: NDArray[np.int64]) -> str:
+    """Counted and kept pairs of every cluster, the largest first. sizes  (clusters, 2)."""
+
+    def draw(axes: Any) -> None:
+        x = np.arange(1, len(sizes) + 1)
+        bars = len(sizes) <= BARS_MAX
+        for column, colour, label in ((0, SOFT, "counted"), (1, ACCENT, "in the set")):
+            if bars:
+                axes.bar(x, sizes[:, column], width=0.8, color=colour, label=label)
+            else:
+                axes.fill_between(x, sizes[:, column], step="mid", color=colour, linewidth=0, label=label)
+        axes.set_xlabel("clusters, the largest first")
+        axes.set_ylabel("pairs")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.margins(x=0.01)
+        axes.legend(loc="upper right", frameon=False)
+
+    return _svg("cluster-sizes", "Counted pairs and pairs in the set of each cluster", draw)
+
+
+def itm(raw: Histogram, original: Histogram, refined: Histogram) -> str:
+    """Shares of pairs by score: all raw captions, the kept ones as they came, and the kept ones refined."""
+
+    def draw(axes: Any) -> None:
+        edges = np.linspace(0, 1, ITM_BINS + 1)
+        for histogram, colour, label, filled in (
+            (raw, SOFT, "raw, original captions", True),
+            (original, LINES[1], "kept, original captions", False),
+            (refined, ACCENT, "kept, refined captions", False),
+        ):
+            if not histogram.n:
+                continue
+            share = histogram.counts / histogram.n
+            name = f"{label}: mean {histogram.mean:.3f}"
+            axes.stairs(share, edges, color=colour, fill=filled, linewidth=0 if filled else 1.6, label=name)
+            axes.axvline(histogram.mean, color=colour, linewidth=1, linestyle=(0, (4, 3)))
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("image-text matching score (ITM)")
+        axes.set_ylabel("share of pairs")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+        axes.legend(loc="upper left", bbox_to_anchor=(0, 1.2), ncols=3, frameon=False)
+
+    return _svg("itm", "Distribution of image-text matching scores", draw)
+
+
+def _all(curves: list[Curve]) -> Curve:
+    return Curve(-1, 0, 1000, sum_of(curve.counted for curve in curves), sum_of(curve.kept for curve in curves))
+
+
+def sum_of(arrays: Any) -> NDArray[np.int64]:
+    """The sum of arrays of one shape."""
+    total: NDArray[np.int64] = np.sum(list(arrays), axis=0)
+    return total
+
+
+def _largest(curve: Curve) -> float:
+    some = curve.counted > 0
+    return float((curve.kept[some] / curve.counted[some]).max(initial=0.0))
+
+
+def _svg(name: str, description: str, draw: Callable[[Any], None]) -> str:
+    """An SVG element without a size of its own, its text left as text. `name` keeps the ids of several apart."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    style: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": FAINT,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "axes.axisbelow": True,
+        "grid.color": FAINT,
+        "xtick.color": FAINT,
+        "ytick.color": FAINT,
+        "xtick.labelcolor": INK,
+        "ytick.labelcolor": INK,
+    }
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), layout="constrained")
+        FigureCanvasSVG(figure)
+        draw(figure.subplots())
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, count=1, flags=re.DOTALL)
+    text = re.sub(r'\s(?:width|height)="[\d.]+pt"', "", text, count=2)
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
+    text = re.sub(r'((?:xlink:)?href="#|url\(#)', rf"\1{name}-", text)
+    for colour, name_of_property in PROPERTIES.items():
+        text = text.replace(colour, f"var({name_of_property})")
+    return text.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)
