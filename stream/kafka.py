@@ -60,6 +60,13 @@ RESERVED = {
     "auto.offset.reset",
 }
 
+# What a partition answers in the moment after its topic was created, or while its leader moves.
+LEADERLESS = {
+    KafkaError.NOT_LEADER_FOR_PARTITION,
+    KafkaError.LEADER_NOT_AVAILABLE,
+    KafkaError.UNKNOWN_TOPIC_OR_PART,
+}
+
 
 @dataclass(frozen=True)
 class Connection:
@@ -226,11 +233,15 @@ def _offsets(
     asked = {TopicPartition(topic, p): spec for p in partitions}
     if not asked:
         return {}
-    try:
-        done = connection.admin.list_offsets(asked, isolation_level=level, request_timeout=REQUEST_TIMEOUT_S)
-        return {tp.partition: result.result().offset for tp, result in done.items()}
-    except KafkaException as error:
-        raise Unavailable(f"cannot list the offsets of {topic}: {error.args[0].str()}") from error
+    deadline = time.monotonic() + REQUEST_TIMEOUT_S
+    while True:
+        try:
+            done = connection.admin.list_offsets(asked, isolation_level=level, request_timeout=REQUEST_TIMEOUT_S)
+            return {tp.partition: result.result().offset for tp, result in done.items()}
+        except KafkaException as error:
+            if error.args[0].code() not in LEADERLESS or time.monotonic() > deadline:
+                raise Unavailable(f"cannot list the offsets of {topic}: {error.args[0].str()}") from error
+            time.sleep(0.1)
 
 
 def group_offsets(connection: Connection, group: str, topic: str) -> dict[int, int]:
@@ -242,7 +253,9 @@ def group_offsets(connection: Connection, group: str, topic: str) -> dict[int, i
     deadline = time.monotonic() + REQUEST_TIMEOUT_S
     while True:
         asked = [ConsumerGroupTopicPartitions(group)]
-        done = connection.admin.list_consumer_group_offsets(asked, require_stable=True, request_timeout=REQUEST_TIMEOUT_S)
+        done = connection.admin.list_consumer_group_offsets(
+            asked, require_stable=True, request_timeout=REQUEST_TIMEOUT_S
+        )
         try:
             found = done[group].result().topic_partitions or []
             return {tp.partition: tp.offset for tp in found if tp.topic == topic and tp.offset >= 0}
