@@ -52,7 +52,7 @@ def keep_rate(curves: list[Curve], share: float) -> str:
             "offset in the raw topic" if curves == shown else "share of each partition's offsets, in 1/1000"
         )
         axes.set_ylabel("kept ÷ counted")
-        axes.legend(loc="lower right", ncols=4, frameon=False)
+        axes.figure.legend(loc="outside upper left", ncols=4, frameon=False)
 
     return _svg("keep-rate", "Keep-rate along the input against the quota", draw)
 
@@ -72,7 +72,7 @@ def cluster_sizes(sizes: NDArray[np.int64]) -> str:
         axes.set_ylabel("pairs")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.margins(x=0.01)
-        axes.legend(loc="upper right", frameon=False)
+        axes.figure.legend(loc="outside upper left", ncols=2, frameon=False)
 
     return _svg("cluster-sizes", "Counted pairs and pairs in the set of each cluster", draw)
 
@@ -83,21 +83,20 @@ def itm(raw: Histogram, original: Histogram, refined: Histogram) -> str:
     def draw(axes: Any) -> None:
         edges = np.linspace(0, 1, ITM_BINS + 1)
         for histogram, colour, label, filled in (
-            (raw, SOFT, "raw, original captions", True),
+            (raw, SOFT, "raw", True),
             (original, LINES[1], "kept, original captions", False),
             (refined, ACCENT, "kept, refined captions", False),
         ):
             if not histogram.n:
                 continue
             share = histogram.counts / histogram.n
-            name = f"{label}: mean {histogram.mean:.3f}"
-            axes.stairs(share, edges, color=colour, fill=filled, linewidth=0 if filled else 1.6, label=name)
-            axes.axvline(histogram.mean, color=colour, linewidth=1, linestyle=(0, (4, 3)))
+            axes.stairs(share, edges, color=colour, fill=filled, linewidth=0 if filled else 1.6, label=label)
+            axes.axvline(histogram.mean, color=colour, linewidth=1, linestyle=(0, (4, 3)))  # the mean
         axes.set_xlim(0, 1)
         axes.set_xlabel("image-text matching score (ITM)")
         axes.set_ylabel("share of pairs")
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-        axes.legend(loc="upper left", bbox_to_anchor=(0, 1.2), ncols=3, frameon=False)
+        axes.figure.legend(loc="outside upper left", ncols=3, frameon=False)
 
     return _svg("itm", "Distribution of image-text matching scores", draw)
 

@@ -199,7 +199,7 @@ def _write(out: Path, html: bytes) -> None:
 
 
 def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
 
 
 def _score(value: float | None) -> str:
