@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import tomllib
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -47,6 +48,8 @@ class JobCommand(TyperCommand):
             fail(f"{error.format_message().rstrip('.')} (see {command} --help)", USER_ERROR_STATUS)
 
     def invoke(self, ctx: _click.Context) -> Any:
+        # torch warns of what it will one day replace; the user of a command can do nothing about it.
+        warnings.filterwarnings("ignore", category=FutureWarning)
         try:
             return super().invoke(ctx)
         except TldrError as error:

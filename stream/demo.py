@@ -119,12 +119,15 @@ def demo(out: Path, corpus: Path | None = None, bundle: Path | None = None) -> D
         with steps.step("broker"):
             broker = stack.enter_context(local_broker(out / "kafka"))
         run = _Run(out, Connection(broker.bootstrap_servers))
+        create_missing(run.connection, {TOPIC: {"max.message.bytes": str(4 << 20)}}, PARTITIONS)
+        run.job("bundle", "announce", str(bundle))
+        with steps.step("workers"):
+            workers = [stack.enter_context(_worker(run, number)) for number in range(1, WORKERS + 1)]
+            _wait_until_each_has_a_partition(workers)
         with steps.step("ingest"):
             planted_duplicates, planted_bad = _fill(run, corpus)
-            run.job("bundle", "announce", str(bundle))
         raw_records = sum(end_offsets(run.connection, TOPIC, range(PARTITIONS)).values())
         with steps.step("reduce"):
-            workers = [stack.enter_context(_worker(run, number)) for number in range(1, WORKERS + 1)]
             killed = _watch(workers, raw_records)
             figures = [worker.figures() for worker in workers]
             for worker in workers:
@@ -255,17 +258,29 @@ class _WorkerProcess:
     def figures(self) -> dict[str, float]:
         """The sums of its counters by name (and by `stage` or `fate`), all its lives together."""
         found = dict(self.before)
+        for name, labels, value in self._samples():
+            if name.endswith("_total"):
+                label = next((f":{labels[key]}" for key in ("stage", "fate") if key in labels), "")
+                found[name + label] = found.get(name + label, 0.0) + value
+        return found
+
+    @property
+    def partitions(self) -> float:
+        """How many partitions it runs now."""
+        running = (
+            v for name, labels, v in self._samples() if (name, labels.get("state")) == ("tldr_partitions", "running")
+        )
+        return sum(running)
+
+    def _samples(self) -> Iterator[tuple[str, dict[str, str], float]]:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=2) as answer:
                 text = answer.read().decode()
         except OSError:  # it is still loading its models, or down
-            return found
+            return
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
-                if sample.name.endswith("_total"):
-                    label = next((f":{v}" for k, v in sample.labels.items() if k in ("stage", "fate")), "")
-                    found[sample.name + label] = found.get(sample.name + label, 0.0) + sample.value
-        return found
+                yield sample.name, sample.labels, sample.value
 
     @property
     def done(self) -> float:
@@ -291,6 +306,22 @@ def _worker(run: _Run, number: int) -> Iterator[_WorkerProcess]:
             worker.process.wait()
 
 
+def _wait_until_each_has_a_partition(workers: list[_WorkerProcess]) -> None:
+    """The models are loaded and the group is balanced: from here on the stream flows."""
+    deadline = time.monotonic() + STALLED_AFTER_S
+    while not all(worker.partitions == PARTITIONS / WORKERS for worker in workers):
+        time.sleep(0.25)
+        _refuse_dead(workers)
+        if time.monotonic() > deadline:
+            raise Stopped(f"the workers did not share the topic within {STALLED_AFTER_S:.0f} s: see {workers[0].log}")
+
+
+def _refuse_dead(workers: list[_WorkerProcess]) -> None:
+    for worker in workers:
+        if worker.process is not None and worker.process.poll() is not None:
+            raise Stopped(f"{worker.name} ended with status {worker.process.returncode}: see {worker.log}")
+
+
 def _watch(workers: list[_WorkerProcess], raw_records: int) -> str:
     """Waits until everything is committed; kills the last worker in the middle and starts it again. Says how that went."""
     victim = workers[-1]
@@ -303,9 +334,7 @@ def _watch(workers: list[_WorkerProcess], raw_records: int) -> str:
             if now > done:
                 progress.advance(int(now) - int(done))
                 done, moved_at = now, time.monotonic()
-            for worker in workers:
-                if worker.process is not None and worker.process.poll() is not None:
-                    raise Stopped(f"{worker.name} ended with status {worker.process.returncode}: see {worker.log}")
+            _refuse_dead(workers)
             if not killed and done > KILL_AT_SHARE * raw_records and victim.done > 0:
                 at = victim.done
                 victim.kill()
@@ -321,7 +350,6 @@ def _watch(workers: list[_WorkerProcess], raw_records: int) -> str:
 
 def _fill(run: _Run, corpus: Path) -> tuple[int, int]:
     """Ingests the corpus, with duplicates and bad records in its middle. Returns how many of each were planted."""
-    create_missing(run.connection, {TOPIC: {"max.message.bytes": str(4 << 20)}}, PARTITIONS)
     shards = sorted(corpus.glob("*.tar"))
     if not shards:
         raise TldrError(f"no shards (*.tar) in {corpus}")
