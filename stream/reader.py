@@ -75,7 +75,8 @@ class KeptPairs(IterableDataset[Any]):
         block_offsets: int = BLOCK_OFFSETS,
     ) -> None:
         super().__init__()
-        self.connection = kafka if isinstance(kafka, Connection) else Connection(kafka)
+        given = kafka if isinstance(kafka, Connection) else Connection(kafka)
+        self._place_of_kafka = given.bootstrap_servers, dict(given.settings)
         self.topics = StreamTopics(stream)
         self.follow, self.removals, self.transform = follow, removals, transform
         self.block_offsets = block_offsets
@@ -91,21 +92,23 @@ class KeptPairs(IterableDataset[Any]):
         worker = get_worker_info()
         workers, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
         slots, slot = self.world_size * workers, self.rank * workers + number
+        # Made here and not before: a client's threads do not survive the fork that makes a loader worker.
+        connection = Connection(*self._place_of_kafka)
         if not self._resuming:
             self.start_over()
         self._resuming = False
-        count = partition_counts(self.connection, [self.topics.kept]).get(self.topics.kept)
+        count = partition_counts(connection, [self.topics.kept]).get(self.topics.kept)
         if count is None:
             raise TldrError(
                 f"there is no stream {self.topics.name} (no topic {self.topics.kept}): start a worker first"
             )
-        spans = whole(self.connection, self.topics.kept, range(count), committed=True)
+        spans = whole(connection, self.topics.kept, range(count), committed=True)
         ends = self._ends or {p: end for p, (_, end) in spans.items()}
         if not self.follow:
             self._ends = ends
-        live = _InTheSet(StreamSource(self.connection, self.topics))
+        live = _InTheSet(StreamSource(connection, self.topics))
         codec = Codec("KeptPair")
-        for message in self._messages(spans, ends, slots, slot):
+        for message in self._messages(connection, spans, ends, slots, slot):
             record = kept_record(message)
             # First, so that a state taken while the caller works on this pair has it as done.
             self._mark(slots, slot, record.partition, record.offset + 1)
@@ -119,7 +122,12 @@ class KeptPairs(IterableDataset[Any]):
             yield sample if self.transform is None else self.transform(sample)
 
     def _messages(
-        self, spans: Mapping[int, tuple[int, int]], ends: Mapping[int, int], slots: int, slot: int
+        self,
+        connection: Connection,
+        spans: Mapping[int, tuple[int, int]],
+        ends: Mapping[int, int],
+        slots: int,
+        slot: int,
     ) -> Iterator[Message]:
         """The messages of this slot's blocks that are not done; blocks of others are stepped over without being fetched."""
         positions = {p: self._own_from(p, start, slots, slot) for p, (start, _) in spans.items()}
@@ -129,7 +137,7 @@ class KeptPairs(IterableDataset[Any]):
         assigned = {p: min(at, max(ends[p], spans[p][0])) for p, at in positions.items()}
         if not assigned:
             return
-        reader = self.connection.reader(queued_max_messages_kbytes=PREFETCH_KB)
+        reader = connection.reader(queued_max_messages_kbytes=PREFETCH_KB)
         try:
             reader.assign([TopicPartition(self.topics.kept, p, at) for p, at in assigned.items()])
             while positions:

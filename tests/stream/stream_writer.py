@@ -5,6 +5,7 @@ A test says which raw records there are and how they fall into transactions, and
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from stream.stream_view import StreamSource
 from stream.topics import StreamTopics
 from stream.transaction import Outlet, commit
 
+# librdkafka would write to standard error when the test's broker has gone before its clients.
+_quiet = logging.getLogger("stream.librdkafka")
 PNG = b"\x89PNG\r\n\x1a\n"
 RECORD_BYTES_MAX = 1 << 20
 
@@ -83,15 +86,18 @@ class StreamWriter:
         self._raw = self.kafka.producer()
         self._codec = Codec("RawPair")
         self._pool = ThreadPoolExecutor(1)
-        self._transactional = Producer(self.kafka.config(transactional_id=f"{self.name}-writer", acks="all"))
+        self._transactional = Producer(
+            self.kafka.config(transactional_id=f"{self.name}-writer", acks="all"), logger=_quiet
+        )
         self._transactional.init_transactions()
-        self._consumer = Consumer(self.kafka.config(group_id=self.name, enable_auto_commit=False))
+        self._consumer = Consumer(self.kafka.config(group_id=self.name, enable_auto_commit=False), logger=_quiet)
         self._using = Reduction(
             model=self.model,
             reader=raw_reader(),
             kept_codec=Codec("KeptPair"),
             fetch=None,
             pool=self._pool,
+            threads=1,
             seed=self.seed,
             rate=str(self.settings.ratio),
             joiner=" ",
