@@ -62,7 +62,7 @@ def read_manifest(path: Path | str) -> Manifest:
         raise BundleError(f"{file} is damaged: it is not JSON; fetch the bundle again") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("files"), dict):
         raise BundleError(f"{file} is not of format {FORMAT}: it belongs to another version of this software")
-    if data.get("version") != _hash_of({k: v for k, v in data.items() if k != "version"}):
+    if data.get("version") != content_hash({k: v for k, v in data.items() if k != "version"}):
         raise BundleError(f"{file} is damaged: its content does not have its own hash; fetch the bundle again")
     return Manifest(data)
 
@@ -94,9 +94,9 @@ def write_bundle(out: Path | str, contents: Mapping[str, bytes], about: Mapping[
     """
     out = Path(out)
     files = {n: {"sha256": hashlib.sha256(c).hexdigest(), "bytes": len(c)} for n, c in sorted(contents.items())}
-    space = _hash_of({"files": {n: files[n] for n in SPACE_FILES}, "config": about["config"], "gate": about.get("gate")})
+    space = content_hash({"files": {n: files[n] for n in SPACE_FILES}, "config": about["config"], "gate": about.get("gate")})
     data: dict[str, Any] = {"format": FORMAT, "space": space, "files": files, **about}
-    data["version"] = _hash_of(data)
+    data["version"] = content_hash(data)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -127,6 +127,7 @@ def load_model(path: Path | str, device: str | None = None) -> "PairModel":
     return LoadedModel.of(manifest, contents, device)
 
 
-def _hash_of(value: object) -> str:
+def content_hash(value: object) -> str:
+    """SHA-256 of `value` as canonical JSON."""
     canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()

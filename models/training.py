@@ -368,9 +368,10 @@ def _matching(
     codebook = captioner.quantiser.codebook.codes.detach().cpu().clone()
     head = MatchingHead(len(codebook), codebook.shape[1], len(vocabulary))
     words = text_encoder.words(vocabulary.pieces)
-    centre, axes = _principal_axes(words, head.word_bag.weight.shape[1])
+    width = head.word_bag.weight.shape[1]
+    centre, axes = _principal_axes(words, min(width, words.shape[1]))
     with torch.no_grad():
-        head.word_bag.weight.copy_(torch.from_numpy(_standardised((words - centre) @ axes)))
+        head.word_bag.weight.copy_(_widened(_standardised((words - centre) @ axes), width))
     order = np.random.default_rng(training.seed).permutation(len(captions))
     apart, fitted = np.split(order, [int(CALIBRATION_SHARE * len(order))])
     loss = train_head(

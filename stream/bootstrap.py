@@ -69,7 +69,7 @@ def bootstrap(
 
     from models.bundle import read_files, write_bundle
     from models.clustering import fit
-    from models.device import choose_device
+    from models.device import choose_device, fingerprint
     from models.encoding import PaddedEncoder
     from models.loaded import CaptionerParts, clusters_content
     from models.matching import match
@@ -98,6 +98,7 @@ def bootstrap(
     about = {k: v for k, v in manifest.data.items() if k not in ("version", "space", "files", "format")}
     about |= {
         "gate": gate,
+        "fingerprint": fingerprint(encoder.device, encoder.batch),
         "clustering": {"form": form, "clusters": clusters, "seed": seed},
         "baselines": {
             "pairs": len(captions),

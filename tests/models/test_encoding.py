@@ -1,0 +1,56 @@
+"""An image's index vector is a function of the image: not of its neighbours, its place, or how full the batch is."""
+
+import numpy as np
+import pytest
+import torch
+
+from models.encoding import PaddedEncoder
+from models.errors import ShapeError
+from tests.models.conftest import Small, drawing
+
+BATCH = 4  # a small one, for speed: what is promised is the same
+
+
+@pytest.fixture(scope="module")
+def encoder(small: Small) -> PaddedEncoder:
+    return PaddedEncoder(small.captioner, torch.device("cpu"), BATCH)
+
+
+@pytest.fixture(scope="module")
+def pixels() -> list[np.ndarray]:
+    noise = np.random.default_rng(0)
+    return [(drawing(i % 8) ^ noise.integers(32, size=(224, 224, 3), dtype=np.uint8)) for i in range(6)]
+
+
+def test_features_are_the_same_bits_at_every_place_of_the_batch(encoder: PaddedEncoder, pixels: list[np.ndarray]) -> None:
+    first = encoder.features(pixels[:BATCH])
+
+    for shift in (1, 3):
+        rolled = encoder.features(pixels[shift:BATCH] + pixels[:shift])
+        assert np.roll(first, -shift, axis=0).tobytes() == rolled.tobytes()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_features_are_the_same_bits_however_full_the_batch_is(
+    encoder: PaddedEncoder, pixels: list[np.ndarray], count: int
+) -> None:
+    assert encoder.features(pixels[:count]).tobytes() == encoder.features(pixels[:BATCH])[:count].tobytes()
+
+
+def test_vectors_do_not_depend_on_how_images_are_split_into_calls(encoder: PaddedEncoder, pixels: list[np.ndarray]) -> None:
+    together = encoder.vectors(pixels)
+
+    alone = np.concatenate([encoder.vectors([p]) for p in pixels])
+    halves = np.concatenate([encoder.vectors(pixels[:1]), encoder.vectors(pixels[1:])])
+
+    assert together.shape == (6, 49) and together.dtype == np.uint16
+    assert (together == alone).all() and (together == halves).all()
+
+
+def test_no_image_gives_no_vector(encoder: PaddedEncoder) -> None:
+    assert encoder.vectors([]).shape == (0, 49)
+
+
+def test_pixels_of_another_size_are_refused(encoder: PaddedEncoder) -> None:
+    with pytest.raises(ShapeError):
+        encoder.vectors([np.zeros((32, 32, 3), np.uint8)])
