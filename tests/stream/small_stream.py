@@ -37,7 +37,7 @@ def picture(number: int) -> bytes:
 
 def pair(pair_id: str, caption: str, image: bytes, *, key: bool = True) -> Raw:
     """A pair, under its id as key or under none."""
-    record = {"id": pair_id, "caption": caption, "image": image, "image_uri": None, "fields": {}}
+    record: dict[str, Any] = {"id": pair_id, "caption": caption, "image": image, "image_uri": None, "fields": {}}
     return Raw(pair_id.encode() if key else None, Codec("RawPair").encode(record))
 
 
