@@ -123,23 +123,28 @@ def consume(
         str, typer.Option(help="How the raw records are written: tldr, json, avro or confluent.")
     ] = "tldr",
     field: Annotated[
-        list[str] | None, typer.Option(help="Where a raw record has what, e.g. id=url, image=content; repeatable.")
+        list[str] | None,
+        typer.Option(help="id, caption, image or image_uri=dotted.path in a raw record, e.g. id=url; repeatable."),
     ] = None,
     raw_schema: Annotated[
-        Path | None, typer.Option(help="Avro schema (*.avsc) of raw records without a header.")
+        Path | None, typer.Option(help="Avro schema (*.avsc) of plain raw records; with avro only.")
     ] = None,
     schemas: Schemas = None,
     schema_registry: SchemaRegistry = None,
     schema_registry_properties: SchemaRegistryProperties = None,
     fetch_allow: Annotated[
         list[str] | None,
-        typer.Option(help="Scheme and host from which an image_uri may be fetched; repeatable.  [default: none]"),
+        typer.Option(
+            help="scheme://host[:port][/path] below which an image_uri may be fetched; repeatable.  [default: none]"
+        ),
     ] = None,
     fetch_allow_private: Annotated[
         bool, typer.Option("--fetch-allow-private", help="Let an allowed host have a private address.")
     ] = False,
     fetch_bytes_max: Annotated[int, typer.Option(help="Most bytes of a fetched image.", min=1)] = 32 * 1024 * 1024,
-    fetch_timeout_s: Annotated[float, typer.Option(help="Most seconds for fetching an image.", min=0.1)] = 10.0,
+    fetch_timeout_s: Annotated[
+        float, typer.Option(help="Most seconds for one of three attempts to fetch an image.", min=0.1)
+    ] = 10.0,
     joiner: Annotated[str, typer.Option(help="What stands between T_o and T_g in a refined caption.")] = " ",
     commit_interval_s: Annotated[float, typer.Option(help="Seconds between transactions.", min=0.0)] = 1.0,
     batch_pairs: Annotated[
@@ -154,7 +159,10 @@ def consume(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda[:N].  [default: a GPU where there is one]")] = None,
     metrics_host: Annotated[str, typer.Option(help="Address that serves /metrics, /healthz and /readyz.")] = "0.0.0.0",  # noqa: S104
-    metrics_port: Annotated[int, typer.Option(help="Its port; 0 takes a free one.", min=0, max=65535)] = 9400,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(help="Its port; 0 takes any.  [default: 9400, or the next free one above]", min=0, max=65535),
+    ] = None,
     stop_at_end: Annotated[
         bool, typer.Option("--stop-at-end", help="Leave when the partitions of this worker are consumed to their ends.")
     ] = False,
@@ -392,10 +400,11 @@ def report(
         str, typer.Option(help="How the raw records are written: tldr, json, avro or confluent.")
     ] = "tldr",
     field: Annotated[
-        list[str] | None, typer.Option(help="Where a raw record has what, e.g. id=url, image=content; repeatable.")
+        list[str] | None,
+        typer.Option(help="id, caption, image or image_uri=dotted.path in a raw record, e.g. id=url; repeatable."),
     ] = None,
     raw_schema: Annotated[
-        Path | None, typer.Option(help="Avro schema (*.avsc) of raw records without a header.")
+        Path | None, typer.Option(help="Avro schema (*.avsc) of plain raw records; with avro only.")
     ] = None,
     schemas: Schemas = None,
     schema_registry: SchemaRegistry = None,

@@ -233,13 +233,14 @@ def _offsets(
     asked = {TopicPartition(topic, p): spec for p in partitions}
     if not asked:
         return {}
-    deadline = time.monotonic() + REQUEST_TIMEOUT_S
+    deadline = time.monotonic() + CONNECT_TIMEOUT_S
     while True:
+        done = connection.admin.list_offsets(asked, isolation_level=level, request_timeout=REQUEST_TIMEOUT_S)
         try:
-            done = connection.admin.list_offsets(asked, isolation_level=level, request_timeout=REQUEST_TIMEOUT_S)
             return {tp.partition: result.result().offset for tp, result in done.items()}
         except KafkaException as error:
-            if error.args[0].code() not in LEADERLESS or time.monotonic() > deadline:
+            # A topic that was just created, or whose leader moves, has no leader for a moment.
+            if not error.args[0].retriable() or time.monotonic() > deadline:
                 raise Unavailable(f"cannot list the offsets of {topic}: {error.args[0].str()}") from error
             time.sleep(0.1)
 
@@ -329,5 +330,8 @@ def _parse_assignments(lines: Iterable[str], source: object) -> dict[str, str]:
     return parsed
 
 
-# librdkafka logs to stderr by itself unless a logger is given; ours decides what is shown.
+# librdkafka logs to stderr unless a logger is given. It repeats itself while a broker is away, and what matters reaches us as
+# errors, so its lines are shown with --verbose only (stream/logs.py).
 _quiet = logging.getLogger("stream.librdkafka")
+_quiet.addHandler(logging.NullHandler())
+_quiet.propagate = False

@@ -18,5 +18,5 @@ def set_up_logs(verbose: bool = False) -> None:
     root.setLevel(logging.WARNING)
     ours = logging.DEBUG if verbose else logging.INFO
     logging.getLogger("stream").setLevel(ours)
-    # librdkafka repeats itself while a broker is away; errors reach us through callbacks anyway.
-    logging.getLogger("stream.librdkafka").setLevel(logging.ERROR)
+    # Kept quiet by stream/kafka.py otherwise.
+    logging.getLogger("stream.librdkafka").propagate = verbose
