@@ -30,8 +30,7 @@ class TextEncoder:
     """A BERT folder: `embed` for sentences, `words` for its input embeddings."""
 
     def __init__(self, folder: Path) -> None:
-        self.bert: torch.nn.Module = BertModel.from_pretrained(str(folder))
-        self.bert.eval()
+        self.bert = BertModel.from_pretrained(str(folder))  # comes in evaluation mode
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
@@ -54,6 +53,6 @@ class TextEncoder:
 
     def words(self, pieces: Sequence[str]) -> NDArray[np.float32]:
         """(n, width) input embeddings of word pieces; zeros for pieces that this encoder does not know."""
-        table = self.bert.get_input_embeddings().weight.detach().numpy()
+        table = self.bert.embeddings.word_embeddings.weight.detach().numpy()
         known = self.tokenizer.get_vocab()
         return np.stack([table[known[p]] if p in known else np.zeros(table.shape[1], np.float32) for p in pieces])

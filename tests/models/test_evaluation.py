@@ -10,7 +10,7 @@ RNG = np.random.default_rng(0)
 
 def unit(rows: int, width: int = 16) -> np.ndarray:
     x = RNG.normal(size=(rows, width)).astype(np.float32)
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
+    return np.asarray(x / np.linalg.norm(x, axis=1, keepdims=True), np.float32)
 
 
 def test_perfect_captions_always_win_and_a_constant_one_wins_half_of_the_time() -> None:
