@@ -98,7 +98,8 @@ def described(pair: Mapping[str, Any]) -> dict[str, Any]:
         "itm_refined": _number(pair["itm_refined"]),
         "bundle": pair["bundle"],
         "rate": pair["rate"],
-        "priority": int.from_bytes(pair["priority"], "little"),
+        # In hexadecimal: JSON readers take a number of 64 bits for a signed or a rounded one.
+        "priority": pair["priority"][::-1].hex(),
         "source_topic": pair["source_topic"],
         "source_partition": pair["source_partition"],
         "source_offset": pair["source_offset"],
@@ -208,7 +209,7 @@ _COLUMNS: tuple[tuple[str, pa.DataType, str], ...] = (
     ("itm_refined", pa.float32(), "float32"),
     ("bundle", pa.string(), "string"),
     ("rate", pa.string(), "string"),
-    ("priority", pa.uint64(), "uint64"),
+    ("priority", pa.string(), "string"),
     ("source_topic", pa.string(), "string"),
     ("source_partition", pa.int32(), "int32"),
     ("source_offset", pa.int64(), "int64"),

@@ -78,6 +78,9 @@ KINDS = {
 }
 
 
+HEADLINE = ("missing", "extra", "cluster_differs", "unaccounted")
+
+
 @dataclass(frozen=True)
 class Difference:
     """One thing that is not as it should be. offset: of the raw topic, -1 where nothing tells it."""
@@ -95,6 +98,7 @@ class Verified:
 
     verified_from  by partition: the input offset from which on rows were there to replay
     not_verified   what could not be checked, and why; nothing of it is in the counts
+    complete       whether everything was checked: only then a count of 0 says that there is none
     """
 
     stream: str
@@ -115,6 +119,7 @@ class Verified:
     counted_twice: int = 0
     captioned_twice: int = 0
     totals_differ: int = 0
+    complete: bool = True
     differences: list[Difference] = field(default_factory=list)
     not_verified: list[str] = field(default_factory=list)
 
@@ -135,8 +140,13 @@ class Verified:
                 yield f"  … and {len(found) - SHOWN} more (--json lists them)"
         yield f"{self.stream} at {written(self.cut)}: {self.rows:,} rows, {self.dead_letters:,} dead letters,"
         yield f"{self.pairs:,} pairs in the set, {self.clusters_checked:,} clusters recomputed"
-        if not (self.not_verified and not self.rows):
-            yield ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in self.counts.items())
+        if self.not_verified:  # then a "0 missing" would say more than was looked at
+            found = [f"{count:,} {kind.replace('_', ' ')}" for kind, count in self.counts.items() if count]
+            yield f"in the part that could be verified: {', '.join(found) or 'nothing differs'}"
+        else:
+            yield ", ".join(f"{self.counts[kind]:,} {kind.replace('_', ' ')}" for kind in HEADLINE)
+            rest = sum(count for kind, count in self.counts.items() if kind not in HEADLINE)
+            yield f"{rest:,} differences of other kinds"
         for reason in self.not_verified:
             yield f"NOT VERIFIED: {reason}"
 
@@ -185,6 +195,7 @@ def verify(
             for p in sorted(view.partitions):
                 _Partition(source, raw_topic, raw_from, view, p, changelog, index, clusters, out).verify()
             clusters.conclude()
+            out.complete = not out.not_verified
             return out
     finally:
         shutil.rmtree(folder, ignore_errors=True)

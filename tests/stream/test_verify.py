@@ -56,6 +56,8 @@ def test_an_undisturbed_stream_has_no_difference(
     assert (found.rows + found.dead_letters, found.dead_letters) == (240 + 48 + 9, 6)
     assert found.clusters_checked > 200
     assert found.pairs == len(members)
+    assert found.complete
+    assert "0 missing, 0 extra, 0 cluster differs, 0 unaccounted" in found.lines()
     found.raise_for_status()
 
 
@@ -140,6 +142,8 @@ def test_where_codes_have_expired_the_rest_is_verified(
     assert nothing_but(sound) == []
     assert sound.verified_from == {0: 80}  # a transaction takes two records: its rows and its marker
     assert "before input offset 80 have expired" in sound.not_verified[0]
+    assert not sound.complete
+    assert not any("0 missing" in line for line in sound.lines())
     with pytest.raises(NotVerified) as stopped:
         sound.raise_for_status()
     assert stopped.value.exit_status == 4
