@@ -81,7 +81,7 @@ class ConsumeOptions:
     decode_threads: int | None = None
     device: str | None = None
     metrics_host: str = "0.0.0.0"  # noqa: S104 (Prometheus scrapes from another machine)
-    metrics_port: int = 9400
+    metrics_port: int | None = None
     stop_at_end: bool = False
 
 

@@ -31,6 +31,7 @@ RESUME_SHARE = 0.5
 _FENCED = frozenset({KafkaError.FENCED_INSTANCE_ID, KafkaError._FENCED, KafkaError.UNRELEASED_INSTANCE_ID})
 _GONE = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_ID})
 _OUT_OF_RANGE = frozenset({KafkaError.OFFSET_OUT_OF_RANGE, KafkaError._AUTO_OFFSET_RESET})
+_FOR_GOOD = frozenset({KafkaError._FATAL, KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED})
 # States of the world that pass by themselves; librdkafka goes on trying.
 _PASSING = frozenset({KafkaError._ALL_BROKERS_DOWN, KafkaError._TRANSPORT, KafkaError._TIMED_OUT, KafkaError._RESOLVE})
 
@@ -121,7 +122,7 @@ class Intake:
             self._consumed.discard(partition)
             try:
                 self.consumer.incremental_unassign([TopicPartition(self.topic, partition)])
-            except KafkaException:
+            except (KafkaException, RuntimeError):  # RuntimeError: the consumer is closed
                 if not lost:
                     raise
         self._paused.discard(partition)
@@ -152,13 +153,14 @@ class Intake:
         """Raises for an error that will not pass; says the others once they come."""
         code = error.code()
         where = self.topic if message is None else f"{self.topic}/{message.partition()}"
-        if code in _FENCED:
+        # Once a client has failed for good, every error of it is _FATAL and only its text tells which one it was.
+        if code in _FENCED or (code == KafkaError._FATAL and "fenced" in error.str()):
             raise Fenced(f"another worker uses this instance id ({error.str()}): give each its own --instance-id")
         if code in _OUT_OF_RANGE:
             raise DataLoss(f"{where}: the next offset is no longer on the broker ({error.str()})")
         if code in _GONE:
             raise Stopped(f"{where} is gone ({error.str()}): it was deleted or recreated; use another --stream")
-        if error.fatal() or code in (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED):
+        if error.fatal() or code in _FOR_GOOD:
             raise Stopped(f"cannot consume {where}: {error.str()}")
         if code == KafkaError._MAX_POLL_EXCEEDED:
             log.warning("the group took this worker for dead, since it did not poll in time; it joins again")

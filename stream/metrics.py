@@ -5,6 +5,7 @@ Names follow Prometheus' conventions: base units, `_total` for counters, no labe
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 from collections.abc import Callable, Iterable
@@ -17,6 +18,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from stream.errors import TldrError
 
 log = logging.getLogger(__name__)
+
+# Several workers on one machine each take the next free port.
+DEFAULT_PORT = 9400
+DEFAULT_PORTS = 256
 
 SCORE_BUCKETS = [i / 20 for i in range(21)]
 SECONDS_BUCKETS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30]
@@ -123,9 +128,9 @@ class HealthServer:
     """`/metrics`, `/healthz` (the loop turns) and `/readyz` (joined, nothing restoring, consuming) over HTTP."""
 
     def __init__(
-        self, metrics: Metrics, host: str, port: int, healthy: Callable[[], bool], ready: Callable[[], bool]
+        self, metrics: Metrics, host: str, port: int | None, healthy: Callable[[], bool], ready: Callable[[], bool]
     ) -> None:
-        """Raises TldrError if the port is taken. Port 0 takes a free one."""
+        """port  None: DEFAULT_PORT or the next free one above; 0: any free one. Raises TldrError if it is taken."""
         exposition = make_wsgi_app(metrics.registry)
         checks = {"/healthz": healthy, "/readyz": ready}
 
@@ -137,10 +142,16 @@ class HealthServer:
             start_response("200 OK" if good else "503 Service Unavailable", [("Content-Type", "text/plain")])
             return [b"ok\n" if good else b"not yet\n"]
 
-        try:
-            self._server = make_server(host, port, app, _Server, _Quiet)
-        except OSError as error:
-            raise TldrError(f"cannot serve metrics on {host}:{port} ({error.strerror}): give --metrics-port") from error
+        ports = [port] if port is not None else range(DEFAULT_PORT, DEFAULT_PORT + DEFAULT_PORTS)
+        for candidate in ports:
+            try:
+                self._server = make_server(host, candidate, app, _Server, _Quiet)
+                break
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or candidate == ports[-1]:
+                    raise TldrError(
+                        f"cannot serve metrics on {host}:{candidate} ({error.strerror}): give --metrics-port"
+                    ) from error
         self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True).start()
 

@@ -120,6 +120,11 @@ class Worker:
                 self._turn()
             log.info("draining")
             self._settle()
+        except BaseException:
+            # Only a drain commits: leaving the group settles too, and half a batch must not become visible by that.
+            self._drop_batch()
+            self._effects, self._effects_since = Effects(), None
+            raise
         finally:
             self._close()
 
@@ -222,6 +227,13 @@ class Worker:
             self._collect()
         self._commit()
 
+    def _drop_batch(self) -> None:
+        """Gives up the batch in the model, whatever it says; the open transaction is then half done and must be dropped."""
+        self._give_up.set()
+        if self._pending is not None:
+            wait([self._pending])
+            self._pending = None
+
     def _abort_effects(self) -> None:
         """Forgets what is not committed."""
         self._effects, self._effects_since = Effects(), None
@@ -260,10 +272,7 @@ class Worker:
     def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """The group took us for dead: another worker may own them already, so nothing more is committed."""
         try:
-            self._give_up.set()
-            if self._pending is not None:
-                wait([self._pending])
-                self._pending = None
+            self._drop_batch()
             self._abort_effects()
             self.assignment.revoked([tp.partition for tp in partitions], lost=True)
             self._go_back()

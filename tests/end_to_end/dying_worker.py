@@ -1,4 +1,4 @@
-"""`python dying_worker.py MOMENT NTH consume …`: the program, but it kills itself (-9) when it comes to a moment for the NTH time.
+"""`python dying_worker.py MOMENT NTH consume …`: the program, but it kills itself (-9) at a moment, the NTH time it comes.
 
 The moments are those of `stream.transaction.commit`. Nothing of the program is changed but that this process ends there.
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 import stream.consume
 from state.partition_store import PartitionStore
+from stream.worker import Worker
 
 MOMENTS = (
     "begin_transaction",  # everything is decided, nothing is written
@@ -70,19 +71,22 @@ def main() -> None:
         apply(store, records, changelog_position)
         deadline.reached("committed" if running else "restored")
 
-    run_worker = stream.consume.Worker._commit
+    commit_effects = Worker._commit
 
     def commit(worker: Any) -> None:
         nonlocal running
         running = True  # a restore applies records too, and is no commit
         try:
-            run_worker(worker)
+            commit_effects(worker)
         finally:
             running = False
 
-    stream.consume._producer = mortal_producer
-    PartitionStore.apply = mortal_apply  # type: ignore[method-assign]
-    stream.consume.Worker._commit = commit  # type: ignore[method-assign]
+    for owner, name, mortal in (
+        (stream.consume, "_producer", mortal_producer),
+        (PartitionStore, "apply", mortal_apply),
+        (Worker, "_commit", commit),
+    ):
+        setattr(owner, name, mortal)
     sys.argv = ["tldr-stream", *arguments]
     from stream.cli import main as program
 

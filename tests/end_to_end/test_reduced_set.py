@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -81,7 +80,7 @@ def test_a_refined_caption_begins_with_the_original_one(alone: Outcome) -> None:
 
 
 @pytest.fixture(scope="module")
-def together(run: Run, alone: Outcome) -> Iterator[tuple[Outcome, list[int]]]:
+def together(run: Run, alone: Outcome) -> tuple[Outcome, list[int]]:
     """Two workers on input that comes while both of them run; and how many pairs each of them read."""
     topic = f"{run.topic}-two"
     create_topic(run.kafka, topic)
@@ -153,7 +152,10 @@ def test_a_restore_into_an_empty_directory_gives_the_same_store_key_by_key(run: 
 # -- unusual pairs: one run over all of them ----------------------------------------------------------------------------
 
 LONG = "a caption of any length, " * 4096 + "its end"
-ANY_UNICODE = "naïve 猫 \U0001f9ff\U0001f468\u200d\U0001f469\u200d\U0001f467 \u202eright to left\u202c e\u0301 \ufeff \0 \x1f \U0010ffff"
+ANY_UNICODE = (
+    "naïve 猫 \U0001f9ff\U0001f468\u200d\U0001f469\u200d\U0001f467 \u202eright to left\u202c e\u0301 "
+    "\ufeff \0 \x1f \U0010ffff"
+)
 
 
 @pytest.fixture(scope="module")

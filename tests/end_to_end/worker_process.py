@@ -131,9 +131,11 @@ class WorkerProcess:
 
 
 @contextmanager
-def worker(arguments: list[str], log: Path, **options: str) -> Iterator[WorkerProcess]:
+def worker(
+    arguments: list[str], log: Path, *, entry: tuple[str, ...] = ("-m", "stream"), **environment: str
+) -> Iterator[WorkerProcess]:
     """A worker process that does not outlive the block."""
-    running = WorkerProcess(arguments, log, **options)  # type: ignore[arg-type]
+    running = WorkerProcess(arguments, log, entry=entry, **environment)
     try:
         yield running
     finally:
