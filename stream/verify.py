@@ -141,8 +141,8 @@ class Verified:
         yield f"{self.stream} at {written(self.cut)}: {self.rows:,} rows, {self.dead_letters:,} dead letters,"
         yield f"{self.pairs:,} pairs in the set, {self.clusters_checked:,} clusters recomputed"
         if self.not_verified:  # then a "0 missing" would say more than was looked at
-            found = [f"{count:,} {kind.replace('_', ' ')}" for kind, count in self.counts.items() if count]
-            yield f"in the part that could be verified: {', '.join(found) or 'nothing differs'}"
+            counts = [f"{count:,} {kind.replace('_', ' ')}" for kind, count in self.counts.items() if count]
+            yield f"in the part that could be verified: {', '.join(counts) or 'nothing differs'}"
         else:
             yield ", ".join(f"{self.counts[kind]:,} {kind.replace('_', ' ')}" for kind in HEADLINE)
             rest = sum(count for kind, count in self.counts.items() if kind not in HEADLINE)

@@ -150,14 +150,15 @@ def clean_every(kafka: Connection, interval_ms: int) -> None:
 
 
 def wait_for_compaction(writer: StreamWriter, timeout_s: float = 60) -> None:
-    """Until the kept topic has lost records; the cleaner leaves the last segment alone, so new ones are begun meanwhile."""
+    """Until the kept topic holds no evicted pair any more; the cleaner leaves the last segment alone, so new ones are begun."""
     topic, deadline = writer.topics.kept, time.monotonic() + timeout_s
+    members = writer.members()
 
-    def count() -> int:
-        return sum(len(batch) for batch in read_kept(writer.source, whole(writer.kafka, topic, [0])))
+    def evicted_left() -> bool:
+        records = (r for batch in read_kept(writer.source, whole(writer.kafka, topic, [0])) for r in batch)
+        return any(r.value is not None and r.id not in members and r.id != "filler" for r in records)
 
-    before = count()
-    while count() >= before:
+    while evicted_left():
         assert time.monotonic() < deadline, "the cleaner did not run"
         for _ in range(2):
             writer.plant(topic, "filler", b"", cause=str(10**9))

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from confluent_kafka import TopicPartition
 from numpy.typing import NDArray
+from typer.testing import CliRunner
 
 from models.model import PairModel
 from models.null import NullModel
+from stream.cli import app
 from stream.errors import Differs, NotVerified
 from stream.kafka import Connection, end_offsets
 from stream.verify import KINDS, Verified, verify
@@ -160,6 +162,17 @@ def test_where_all_codes_have_expired_it_does_not_say_0_missing(kafka: Connectio
     assert not any("0 missing" in line for line in found.lines())
     with pytest.raises(NotVerified):
         found.raise_for_status()
+
+
+def test_the_command_leaves_with_4_and_one_line_where_it_could_not_check_all(
+    kafka: Connection, name: str, tmp_path: Path
+) -> None:
+    with StreamWriter(kafka, name, tmp_path, partitions=1) as writer:
+        writer.feed(["a pair of a bundle that nobody announced"]).run()
+    done = CliRunner().invoke(app, ["verify", "--topic", name, "--bootstrap-servers", kafka.bootstrap_servers])
+
+    assert done.exit_code == 4
+    assert done.stderr.splitlines()[-1].startswith(f"error: the stream {name} was verified in part: 1 clusters")
 
 
 def expire(writer: StreamWriter, offset: int) -> None:
