@@ -38,6 +38,10 @@ class JobCommand(TyperCommand):
                 option.show_envvar = False  # eighty of them drown the help; docs/reference.md has the rule
         self.params.append(_config_option())
 
+    def get_short_help_str(self, limit: int = 0) -> str:
+        """The whole first sentence, which the list of commands then wraps; `limit` would cut it."""
+        return " ".join((self.help or "").split("\n\n")[0].split())
+
     def make_context(
         self, info_name: str | None, args: list[str], parent: _click.Context | None = None, **extra: Any
     ) -> _click.Context:
@@ -61,7 +65,17 @@ class JobCommand(TyperCommand):
 
 
 class JobGroup(TyperGroup):
-    """The top level: an unknown command is one line too."""
+    """The top level: an unknown command or option is one line too."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: _click.Context | None = None, **extra: Any
+    ) -> _click.Context:
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except _click.exceptions.NoArgsIsHelpError:
+            raise  # it is the help itself
+        except _click.exceptions.UsageError as error:
+            fail(f"{error.format_message().rstrip('.')} (see tldr-stream --help)", USER_ERROR_STATUS)
 
     def resolve_command(
         self, ctx: _click.Context, args: list[str]

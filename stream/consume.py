@@ -5,8 +5,11 @@ Everything that a user can get wrong is found here, before the first poll.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import os
+import re
 import signal
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +47,8 @@ MAX_POLL_INTERVAL_MS = 300_000
 # What librdkafka may fetch ahead; a pause throws it away.
 PREFETCH_KB = 32 * 1024
 NULL_BATCH_PAIRS = 2000
+# It names a folder and a part of the transactional id.
+INSTANCE_ID = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,200}")
 
 
 @dataclass(frozen=True)
@@ -93,11 +98,11 @@ def consume(options: ConsumeOptions) -> None:
     """
     refuse_impossible(options)
     connection, topic = options.connection, options.topic
-    partitions = partition_count(connection, topic)
     stream = options.stream or topic
     registry = open_registry(options.schema_registry, options.schema_registry_properties)
     reader = raw_reader(options.raw_format, options.fields, options.schemas, options.raw_schema, registry)
     fetch = _fetcher(options)
+    partitions = partition_count(connection, topic)
     folder = None if options.model == "null" else find_bundle(connection, options.bundle, stream)
     topics = StreamTopics(stream)
     record_bytes = int(topic_setting(connection, topic, "max.message.bytes") or DEFAULT_RECORD_BYTES)
@@ -150,6 +155,10 @@ def refuse_impossible(options: ConsumeOptions) -> None:
         _number(options.gate, "--gate")
     if options.stream is not None and not options.stream.strip():
         raise TldrError("--stream needs a name")
+    if options.instance_id is not None and not INSTANCE_ID.fullmatch(options.instance_id):
+        raise TldrError(f"--instance-id {options.instance_id!r}: use letters, digits, `.`, `_` and `-`")
+    if options.fetch_allow_private and not options.fetch_allow:
+        raise TldrError("--fetch-allow-private allows nothing by itself: say from where with --fetch-allow")
     if 2 * ATTEMPT_TIMEOUT_S * 1000 > TRANSACTION_TIMEOUT_MS:
         raise TldrError("an attempt to commit must fit twice into the transaction time-out")
     if options.session_timeout_s * 1000 > MAX_POLL_INTERVAL_MS:
@@ -157,10 +166,12 @@ def refuse_impossible(options: ConsumeOptions) -> None:
 
 
 def _number(text: str | None, option: str) -> float:
-    try:
-        return float(text or "")
-    except ValueError:
-        raise TldrError(f"{option} {text}: use `off`, `bundle` (the bundle's own threshold) or a number") from None
+    number = float("nan")
+    with contextlib.suppress(ValueError):
+        number = float(text or "")
+    if not math.isfinite(number):
+        raise TldrError(f"{option} {text}: use `off`, `bundle` (the bundle's own threshold) or a number")
+    return number
 
 
 def _state_directory(options: ConsumeOptions, stream: str) -> StateDirectory:

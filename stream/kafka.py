@@ -104,7 +104,18 @@ class Connection:
     @functools.cached_property
     def admin(self) -> AdminClient:
         """The admin client, one a connection: its futures die with it, and a new one takes a tenth of a second to connect."""
-        return AdminClient(self.config(), logger=_quiet)
+        try:
+            return AdminClient(self.config(), logger=_quiet)
+        except KafkaException as error:
+            raise TldrError(self._without_values(error.args[0].str())) from None  # its text may hold a secret
+
+    def _without_values(self, refusal: str) -> str:
+        """What librdkafka has against our settings, told without the value of any of them."""
+        if named := [key for key in self.settings if f'"{key}"' in refusal]:
+            return f"Kafka setting {named[0]} is unknown or its value impossible (the value is not shown here)"
+        for value in sorted(filter(None, self.settings.values()), key=len, reverse=True):
+            refusal = refusal.replace(value, "…")
+        return f"the Kafka settings do not go together: {refusal}"
 
     def reader(self, group: str = "tldr-stream-reader", **ours: Any) -> Consumer:
         """A consumer outside any group's life (assign only): committed records, and an event at a partition's end."""

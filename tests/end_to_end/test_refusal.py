@@ -27,16 +27,6 @@ def test_a_topic_that_does_not_exist_with_the_command_that_creates_it(
     assert f"--create --topic {name}" in message
 
 
-def test_a_broker_that_is_not_there_within_10_seconds(tmp_path: Path) -> None:
-    nobody = Connection(f"127.0.0.1:{free_port()}")
-    began = time.monotonic()
-
-    message = refused(*run_command(*null_worker(nobody, "raw-pairs", tmp_path)), expected=3)
-
-    assert time.monotonic() - began < 10 + 3  # and the start of the process on a busy machine
-    assert nobody.bootstrap_servers in message and "--bootstrap-servers" in message
-
-
 def test_a_state_directory_that_another_worker_holds(kafka: Connection, name: str, tmp_path: Path) -> None:
     create_topic(kafka, name)
     arguments = null_worker(kafka, name, tmp_path / "state")
