@@ -52,7 +52,7 @@ def keep_rate(curves: list[Curve], share: float) -> str:
             "offset in the raw topic" if curves == shown else "share of each partition's offsets, in 1/1000"
         )
         axes.set_ylabel("kept ÷ counted")
-        axes.figure.legend(loc="outside upper left", ncols=4, frameon=False)
+        _legend(axes)
 
     return _svg("keep-rate", "Keep-rate along the input against the quota", draw)
 
@@ -72,7 +72,7 @@ def cluster_sizes(sizes: NDArray[np.int64]) -> str:
         axes.set_ylabel("pairs")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.margins(x=0.01)
-        axes.figure.legend(loc="outside upper left", ncols=2, frameon=False)
+        _legend(axes)
 
     return _svg("cluster-sizes", "Counted pairs and pairs in the set of each cluster", draw)
 
@@ -96,9 +96,15 @@ def itm(raw: Histogram, original: Histogram, refined: Histogram) -> str:
         axes.set_xlabel("image-text matching score (ITM)")
         axes.set_ylabel("share of pairs")
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-        axes.figure.legend(loc="outside upper left", ncols=3, frameon=False)
+        _legend(axes)
 
     return _svg("itm", "Distribution of image-text matching scores", draw)
+
+
+def _legend(axes: Any) -> None:
+    """Above the chart, where it hides nothing; none for a stream that has nothing to draw."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.figure.legend(loc="outside upper left", ncols=4, frameon=False)
 
 
 def _all(curves: list[Curve]) -> Curve:

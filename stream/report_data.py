@@ -40,6 +40,7 @@ ITM_BINS = 50
 VECTORS_OF_A_CLUSTER = 256
 VECTORS_OF_ALL = 1024
 EXAMPLES_OF_A_REASON = 3
+CODES_BATCH = 10  # records of up to half a megabyte
 DUPLICATES_SHOWN = 10
 CAPTION_CHARACTERS = 280
 ID_CHARACTERS = 120
@@ -67,6 +68,10 @@ class Draw(Generic[K, T]):
         if len(self._items) >= 2 * self.size:
             smallest = sorted(self._items.items(), key=lambda item: item[1][0])[: self.size]
             self._items, self._limit = dict(smallest), smallest[-1][1][0]
+
+    def may_take(self, numbers: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """(n,) which numbers `offer` would look at."""
+        return np.ones(len(numbers), bool) if self._limit is None else numbers < np.uint64(self._limit)
 
     def take_out(self, key: K) -> None:
         self._items.pop(key, None)
@@ -271,7 +276,7 @@ def _walk_codes(
     spans = whole(source.connection, source.topics.codes, data.view.partitions)
     first: dict[int, int] = {}
     with Progress(f"read {source.topics.codes}", None, "rows") as progress:
-        for messages in read_spans(source.connection, source.topics.codes, spans, batch=50):
+        for messages in read_spans(source.connection, source.topics.codes, spans, batch=CODES_BATCH):
             for message in messages:
                 record = decoded(codec, message)
                 offsets = np.frombuffer(record["offsets"], "<i8")
@@ -297,7 +302,6 @@ class _CodesWalk:
         shown = [one.cluster for one in data.clusters]
         self._shown = np.array(shown, np.int64)
         self._curves = {curve.partition: curve for curve in data.curves}
-        self._fates = np.array([int(fate) for fate in DROPPED], np.uint8)
         self.dropped: dict[int, Draw[tuple[int, int], DroppedRow]] = {c: Draw(PAIRS_DRAWN) for c in shown}
         self.vectors: dict[int, Draw[tuple[int, int], NDArray[np.uint16]]] = {
             c: Draw(VECTORS_OF_A_CLUSTER) for c in shown
@@ -346,7 +350,8 @@ class _CodesWalk:
         partition, ids = record["partition"], record["ids"]
         vectors = np.frombuffer(record["vectors"], "<u2").reshape(-1, record["tokens"])
         rank = np.cumsum(clusters >= 0) - 1
-        for row in np.flatnonzero(clusters >= 0).tolist():
+        wanted = (clusters >= 0) & (np.isin(clusters, self._shown) | self.vectors_of_all.may_take(numbers))
+        for row in np.flatnonzero(wanted).tolist():
             place = (partition, int(offsets[row]))
             cluster, number = int(clusters[row]), int(numbers[row])
             vector = vectors[rank[row]]

@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from state.changelog import Totals
+from state.quota import Ratio
 from stream.arithmetic import Sum, in_the_set, sums_of
 from stream.errors import Unavailable
 from stream.kafka import end_offsets, partition_count, partition_counts, start_offsets, topic_id
@@ -328,7 +329,7 @@ def _head(status: StreamStatus) -> Text:
     text.append(status.stream, style="bold")
     if status.topic != status.stream:
         text.append(f" of {status.topic}")
-    words = [f"M = {status.ratio}", f"seed {status.seed}"]
+    words = [f"M = {status.ratio} = {100 * float(Ratio.parse(status.ratio).share):.1f} %", f"seed {status.seed}"]
     words += [f"rule {status.rule}"] if status.rule != "none" else []
     words += [f"cap {status.cell_cap:,} a cell"] if status.cell_cap is not None else []
     words += [f"gate {status.gate:.3f}"] if status.gate is not None else []

@@ -24,6 +24,7 @@ from stream.kafka import Connection
 from stream.raw_format import raw_reader
 from stream.report import ReportOptions, ReportResult, _measure, report
 from stream.report_data import CURVE_BINS, Draw, ReportData, gather
+from stream.status import StatusReader
 from stream.stream_view import StreamSource, read_view
 from stream.thumbnails import SIDE, thumbnail
 from stream.topics import StreamTopics
@@ -182,6 +183,21 @@ def test_a_grey_tile_stands_where_retention_has_taken_the_record(
 
     assert (result.pictures, result.pictures_missing) == (10, 12)
     assert (tmp_path / "report.html").read_text().count('<div class="tile">no longer in the raw topic</div>') == 12
+
+
+def test_a_stream_of_nothing_but_dead_letters_has_a_report_and_a_status(
+    broker: LocalBroker, name: str, tmp_path: Path
+) -> None:
+    stream = SmallStream(Connection(broker.bootstrap_servers), name, tmp_path / "state")
+    stream.produce([Raw(b"key", b"junk", partition=1)])
+    stream.run()
+
+    result = report(options(stream, tmp_path / "report.html"))
+    status = StatusReader(stream.source, name).read()
+
+    assert (result.clusters, result.adds_up) == (0, True)
+    assert (status.total.keep_rate, status.adds_up) == (None, True)
+    assert any("never" in line for line in status.lines())
 
 
 def test_what_cannot_be_is_said(small: SmallStream, tmp_path: Path) -> None:
