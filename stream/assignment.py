@@ -78,7 +78,11 @@ class Assignment:
         for number in partitions:
             if restoring := self._restoring.pop(number, None):
                 restoring.cancel.set()
-                restored = restoring.future.result()  # it looks at the flag between two reads
+                try:
+                    restored = restoring.future.result()  # it looks at the flag between two reads
+                except Exception as error:  # whoever has the partition now will meet it again
+                    log.info("partition %d was taken back while its restore failed: %s", number, error)
+                    restored = None
                 if restored is not None:
                     restored.partition.store.close()
             if partition := self.running.pop(number, None):

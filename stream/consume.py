@@ -47,6 +47,7 @@ MAX_POLL_INTERVAL_MS = 300_000
 # What librdkafka may fetch ahead; a pause throws it away.
 PREFETCH_KB = 32 * 1024
 NULL_BATCH_PAIRS = 2000
+RESTORE_AGAIN_AFTER_S = 1.0
 # It names a folder and a part of the transactional id.
 INSTANCE_ID = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,200}")
 
@@ -267,7 +268,13 @@ def _run(
                 f"topic {options.topic} was given more partitions: keys have moved, so start another --stream on it"
             )
         path = directory.store_path(number)
-        return restore(connection, topics, options.topic, group, settings, number, path, cancelled=cancel)
+        while True:
+            try:
+                return restore(connection, topics, options.topic, group, settings, number, path, cancelled=cancel)
+            except Unavailable as error:  # the broker moves or is away: a running worker outlives that
+                log.warning("partition %d cannot be restored yet: %s; trying on", number, error)
+                if cancel.wait(RESTORE_AGAIN_AFTER_S):
+                    return None
 
     def adopt(restored: Restored) -> None:
         live = restored.partition.bundle

@@ -67,6 +67,14 @@ LEADERLESS = {
     KafkaError.UNKNOWN_TOPIC_OR_PART,
 }
 
+# What the user has to put right; all else a broker may answer while it moves or starts.
+_NOT_PASSING = {
+    KafkaError.UNKNOWN_TOPIC_OR_PART,
+    KafkaError.TOPIC_AUTHORIZATION_FAILED,
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+    KafkaError.GROUP_AUTHORIZATION_FAILED,
+}
+
 
 @dataclass(frozen=True)
 class Connection:
@@ -217,7 +225,8 @@ def topic_setting(connection: Connection, topic: str, name: str) -> str | None:
         done = connection.admin.describe_configs([resource], request_timeout=REQUEST_TIMEOUT_S)
         entry = done[resource].result().get(name)
     except KafkaException as error:
-        raise TldrError(f"cannot read the settings of topic {topic}: {error.args[0].str()}") from error
+        kind = TldrError if error.args[0].code() in _NOT_PASSING else Unavailable
+        raise kind(f"cannot read the settings of topic {topic}: {error.args[0].str()}") from error
     return None if entry is None else str(entry.value)
 
 

@@ -168,3 +168,7 @@ class Cancel:
 
     def set(self) -> None:
         self._event.set()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Waits for the flag; whether it is set."""
+        return self._event.wait(timeout_s)

@@ -43,6 +43,8 @@ REVOKE_BUDGET_S = 20.0
 # /healthz: a loop that has not turned for this long is stuck.
 STUCK_AFTER_S = 120.0
 GAUGES_EVERY_S = 1.0
+# librdkafka reports a broker that is away many times a second.
+SAY_AGAIN_AFTER_S = 30.0
 # A rebalance or a broker that moves aborts one or two; what aborts this many will abort the next one too.
 ABORTS_MAX = 10
 
@@ -89,6 +91,7 @@ class Worker:
         self._gauged_at = 0.0
         self._warned_of_keys = False
         self._aborted_in_a_row = 0
+        self._said_at: dict[int, float] = {}  # code of an error → when it was last said
         self._counted_bytes = 0  # of the payload, that the metrics know of
         self._received_bytes = 0
         self._committed: dict[int, tuple[int, Totals]] = {}  # partition → next offset and totals, as committed
@@ -371,10 +374,11 @@ class Worker:
         self._received_bytes = received
 
     def on_error(self, error: KafkaError) -> None:
-        """Broker trouble, said once it comes; the clients go on trying by themselves."""
+        """Broker trouble, said when it comes and now and then; the clients go on trying by themselves."""
         if error.code() in (KafkaError._FENCED, KafkaError.FENCED_INSTANCE_ID):
             self._trouble = Fenced(
                 f"another worker uses this instance id ({error.str()}): give each its own --instance-id"
             )
-        else:
+        elif self._clock() - self._said_at.get(error.code(), -SAY_AGAIN_AFTER_S) >= SAY_AGAIN_AFTER_S:
+            self._said_at[error.code()] = self._clock()
             log.warning("Kafka: %s; trying on", error.str())
