@@ -112,6 +112,10 @@ class Connection:
     @functools.cached_property
     def admin(self) -> AdminClient:
         """The admin client, one a connection: its futures die with it, and a new one takes a tenth of a second to connect."""
+        return self.new_admin()
+
+    def new_admin(self) -> AdminClient:
+        """An admin client that knows nothing yet. Raises TldrError where librdkafka refuses a setting."""
         try:
             return AdminClient(self.config(), logger=_quiet)
         except KafkaException as error:
@@ -253,16 +257,20 @@ def _offsets(
     asked = {TopicPartition(topic, p): spec for p in partitions}
     if not asked:
         return {}
-    deadline = time.monotonic() + CONNECT_TIMEOUT_S
+    admin, deadline = connection.admin, time.monotonic() + CONNECT_TIMEOUT_S
     while True:
-        done = connection.admin.list_offsets(asked, isolation_level=level, request_timeout=REQUEST_TIMEOUT_S)
+        done = admin.list_offsets(asked, isolation_level=level, request_timeout=REQUEST_TIMEOUT_S)
         try:
             return {tp.partition: result.result().offset for tp, result in done.items()}
         except KafkaException as error:
+            refused = error.args[0]
+            moved = refused.code() == KafkaError.FENCED_LEADER_EPOCH
             # A topic that was just created, or whose leader moves, has no leader for a moment.
-            if not error.args[0].retriable() or time.monotonic() > deadline:
-                raise Unavailable(f"cannot list the offsets of {topic}: {error.args[0].str()}") from error
+            if not (moved or refused.retriable()) or time.monotonic() > deadline:
+                raise Unavailable(f"cannot list the offsets of {topic}: {refused.str()}") from error
             time.sleep(0.1)
+            if moved:  # the broker was restarted, and an admin client never forgets the epoch that it knew before
+                admin = connection.new_admin()
 
 
 def group_offsets(connection: Connection, group: str, topic: str) -> dict[int, int]:
