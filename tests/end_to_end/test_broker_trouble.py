@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,13 +27,15 @@ def test_a_worker_outlives_its_broker_says_so_and_goes_on(own_broker: LocalBroke
     # given
     kafka = Connection(own_broker.bootstrap_servers)
     create_topic(kafka, "raw")
-    send(kafka, "raw", pairs(2000))
+    send(kafka, "raw", pairs(4000))
     with worker(null_worker(kafka, "raw", tmp_path / "state"), tmp_path / "log") as running:
         running.until_it_runs(2)
+        committed = re.compile(r'^tldr_transactions_total\{.*"committed".*\} [1-9]', re.MULTILINE)
+        until(lambda: committed.search(running.get("/metrics")[1]) is not None, "it commits")
 
         # when: killed in the middle of the work, and started again after the worker has noticed
         own_broker.kill()
-        running.until_it_says("trying on")
+        running.until_it_says(" WARNING ")  # it says so, whatever it was doing
         assert running.get("/healthz")[0] == 200
         own_broker.start()
 

@@ -1,0 +1,152 @@
+"""The intake keeps polling, stays within its bytes, and says in one line why consuming cannot go on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+from confluent_kafka import Consumer, TopicPartition
+
+from stream.errors import DataLoss
+from stream.intake import FETCH_MESSAGES, FULL_POLL_EVERY_S, Intake
+from stream.kafka import Connection, create_missing
+from tests.end_to_end.worker_process import until
+
+RECORDS = 3000
+RECORD_BYTES = 1000
+
+
+@pytest.fixture(scope="module")
+def topic(broker: object) -> tuple[Connection, str]:
+    """Two partitions of 3,000 records each."""
+    kafka = Connection(broker.bootstrap_servers)  # type: ignore[attr-defined]
+    topic = f"intake-{time.monotonic_ns()}"
+    create_missing(kafka, {topic: {}}, 2)
+    producer = kafka.producer()
+    for i in range(RECORDS):
+        for partition in (0, 1):
+            producer.produce(topic, bytes(RECORD_BYTES - 4) + b"%04d" % i, b"k", partition)
+    assert producer.flush(30) == 0
+    return kafka, topic
+
+
+@pytest.fixture
+def consumer(topic: tuple[Connection, str]) -> Iterator[Consumer]:
+    made = topic[0].reader()
+    yield made
+    made.close()
+
+
+class Clock:
+    """A clock that a test turns."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def numbers(messages: list[object], partition: int) -> list[int]:
+    return [m.offset() for m in messages if m.partition() == partition]  # type: ignore[attr-defined]
+
+
+def test_every_record_comes_once_and_each_partition_in_order(topic: tuple[Connection, str], consumer: Consumer) -> None:
+    intake = Intake(consumer, topic[1], bytes_max=1 << 30)
+    intake.start(0, 0)
+    intake.start(1, 10)
+
+    until(lambda: intake.poll(0.1) or intake.at_end == {0: RECORDS, 1: RECORDS}, "both ends are reached")  # type: ignore[func-returns-value]
+
+    taken = intake.take(10 * RECORDS)
+    assert numbers(taken, 0) == list(range(RECORDS))
+    assert numbers(taken, 1) == list(range(10, RECORDS))
+    assert len(intake) == 0 and intake.buffered_bytes == 0
+
+
+def test_a_full_buffer_stops_growing_but_the_group_is_still_polled(
+    topic: tuple[Connection, str], consumer: Consumer
+) -> None:
+    # given: a buffer for 200 records, and a model that takes nothing
+    clock = Clock()
+    intake = Intake(consumer, topic[1], bytes_max=200 * RECORD_BYTES, clock=clock)
+    intake.start(0, 0)
+    intake.start(1, 0)
+    until(lambda: intake.poll(0.1) or intake.buffered_bytes >= intake.bytes_max, "the buffer is full")  # type: ignore[func-returns-value]
+    full = len(intake)
+
+    # when: time passes
+    for _ in range(20):
+        clock.now += FULL_POLL_EVERY_S / 2
+        intake.poll(0.0)
+
+    # then: it was polled, and grew by no more than what was on its way
+    assert clock.now - intake._polled_at < FULL_POLL_EVERY_S
+    assert len(intake) <= full + FETCH_MESSAGES
+
+
+def test_after_a_full_buffer_everything_still_comes_once_and_in_order(
+    topic: tuple[Connection, str], consumer: Consumer
+) -> None:
+    clock = Clock()
+    intake = Intake(consumer, topic[1], bytes_max=100 * RECORD_BYTES, clock=clock)
+    intake.start(0, 0)
+    intake.start(1, 0)
+    taken: list[object] = []
+
+    def turn() -> bool:
+        clock.now += FULL_POLL_EVERY_S  # as if the model took that long: each turn may pause
+        intake.poll(0.05)
+        taken.extend(intake.take(150))
+        return len(taken) == 2 * RECORDS
+
+    until(turn, "all has come")
+
+    assert numbers(taken, 0) == numbers(taken, 1) == list(range(RECORDS))
+
+
+def test_what_was_taken_back_is_dropped_and_what_is_left_stays(
+    topic: tuple[Connection, str], consumer: Consumer
+) -> None:
+    intake = Intake(consumer, topic[1], bytes_max=1 << 30)
+    intake.start(0, 0)
+    intake.start(1, 0)
+    until(lambda: intake.poll(0.1) or intake.at_end.keys() == {0, 1}, "all is there")  # type: ignore[func-returns-value]
+
+    intake.stop(0)
+
+    taken = intake.take(10 * RECORDS)
+    assert numbers(taken, 0) == []
+    assert numbers(taken, 1) == list(range(RECORDS))
+
+
+def test_going_back_gives_the_same_records_again(topic: tuple[Connection, str], consumer: Consumer) -> None:
+    intake = Intake(consumer, topic[1], bytes_max=1 << 30)
+    intake.start(0, 0)
+    until(lambda: intake.poll(0.1) or len(intake) >= 100, "some are there")  # type: ignore[func-returns-value]
+    intake.take(100)
+
+    intake.go_back(0, 40)
+
+    until(lambda: intake.poll(0.1) or 0 in intake.at_end, "the end is reached")  # type: ignore[func-returns-value]
+    assert numbers(intake.take(RECORDS), 0) == list(range(40, RECORDS))
+
+
+def test_an_offset_that_retention_took_is_a_loss_and_no_jump(topic: tuple[Connection, str], consumer: Consumer) -> None:
+    # given
+    kafka, raw = topic
+    name = f"{raw}-short"
+    create_missing(kafka, {name: {}}, 1)
+    producer = kafka.producer()
+    for _ in range(20):
+        producer.produce(name, b"x", b"k", 0)
+    producer.flush()
+    for done in kafka.admin.delete_records([TopicPartition(name, 0, 15)]).values():
+        done.result()
+    intake = Intake(consumer, name, bytes_max=1 << 20)
+    intake.start(0, 5)
+
+    # when, then
+    with pytest.raises(DataLoss, match=f"{name}/0: the next offset is no longer on the broker"):
+        until(lambda: bool(intake.poll(0.1)), "it is refused")  # type: ignore[func-returns-value]
+    assert len(intake) == 0
