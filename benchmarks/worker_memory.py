@@ -23,7 +23,7 @@ from stream.kafka import Connection, create_missing
 from stream.records import Codec
 
 TOPIC = "raw-pairs"
-STEPS = (10_000, 50_000, 100_000)
+STEPS = (10_000, 50_000, 100_000, 200_000)
 IMAGE_BYTES = 300
 TIMEOUT_S = 300.0
 

@@ -46,6 +46,8 @@ TRANSACTION_TIMEOUT_MS = 10_000
 MAX_POLL_INTERVAL_MS = 300_000
 # What librdkafka may fetch ahead; a pause throws it away.
 PREFETCH_KB = 32 * 1024
+# … and of small records no more than this many of each partition, which keeps memory flat.
+PREFETCH_MESSAGES = 5000
 NULL_BATCH_PAIRS = 2000
 RESTORE_AGAIN_AFTER_S = 1.0
 # It names a folder and a part of the transactional id.
@@ -361,6 +363,7 @@ def _consumer(options: ConsumeOptions, group: str, instance: str, on_statistics:
             enable_partition_eof=True,
             fetch_message_max_bytes=RECORD_BYTES_MAX,
             queued_max_messages_kbytes=PREFETCH_KB,
+            queued_min_messages=PREFETCH_MESSAGES,
             fetch_queue_backoff_ms=20,  # librdkafka waits a whole second by default once its queue is full
             fetch_wait_max_ms=100,
             statistics_interval_ms=1000,
