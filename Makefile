@@ -39,7 +39,23 @@ kafka: .build/kafka/ready ## the jars of the local Kafka
 	mvn -q -B -f $< dependency:copy-dependencies -DincludeScope=runtime -DoutputDirectory=$(CURDIR)/.build/kafka
 	@touch $@
 
+corpus: corpus/full/.built ## the full corpora, 7,000+ noisy and 1,000+ clean pairs, from Debian's packages (apt, network)
+
+corpus/full/.built: | setup
+	$(BIN)/python -m corpus.build --out corpus/full
+	@touch $@
+
+FULL := --exclude 'corpus/sample/*.tar'
+sample-bundle: corpus ## train the sample bundle anew and measure it on the held-out sample (about 20 minutes)
+	$(BIN)/python -m stream train --noisy 'corpus/full/noisy-*.tar' --noisy 'corpus/full/clean-*.tar' \
+	  --architecture tiny $(FULL) --cache .build/features --out .build/captioner 2>&1 | tee bundles/train.log
+	$(BIN)/python -m stream bootstrap 'corpus/full/*.tar' --captioner .build/captioner --clusters 16 $(FULL) --out bundles/sample
+	$(BIN)/python -m corpus.evaluate --bundle bundles/sample --shards corpus/sample/*.tar --out bundles/FIGURES.md
+
+memory: setup ## a worker's anonymous memory after 10,000 and after 100,000 records
+	$(BIN)/python benchmarks/worker_memory.py
+
 clean: ## remove what demo and tests left behind; the environment and Kafka's jars stay
 	rm -rf demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help demo test check tests setup kafka clean
+.PHONY: help demo test check tests setup kafka corpus sample-bundle memory clean

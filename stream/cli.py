@@ -314,7 +314,6 @@ def demo(
     """
     from stream.demo import demo as job
     from stream.errors import Stopped
-
     from stream.results import show
 
     result = job(out, corpus, bundle)
@@ -607,6 +606,115 @@ def _source(
         registry = ConfluentRegistry(schema_registry)
     connection = Connection.of(bootstrap_servers, kafka or (), kafka_properties)
     return StreamSource(connection, StreamTopics(stream or topic), tuple(schemas or ()), registry)
+
+
+@app.command(cls=JobCommand)
+def train(
+    noisy: Annotated[list[str], typer.Option(help="Source of noisy pairs for pre-training; repeatable.")],
+    out: Annotated[Path, typer.Option(help="Folder for the captioner.")],
+    clean: Annotated[list[str] | None, typer.Option(help="Source of clean pairs for fine-tuning; repeatable.")] = None,
+    architecture: Annotated[
+        str, typer.Option(help="`paper` (ViT-B/16, 3000 codes, BERT decoder) or `tiny`, for CPUs.")
+    ] = "paper",
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Source whose pairs are held out of training; repeatable.")
+    ] = None,
+    codes: Annotated[
+        int | None, typer.Option(help="Codes of the codebook.  [default: the architecture's]", min=2)
+    ] = None,
+    epochs_noisy: Annotated[int | None, typer.Option(help="Epochs of pre-training.", min=0)] = None,
+    epochs_clean: Annotated[int | None, typer.Option(help="Epochs of fine-tuning.", min=0)] = None,
+    text_encoder: Annotated[
+        Path | None, typer.Option(help="BERT folder that embeds keywords.  [default: MiniLM of the extra `corpus`]")
+    ] = None,
+    encoder_weights: Annotated[
+        Path | None, typer.Option(help="Weights of the image encoder.  [default: those of the extra `corpus`]")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder for the features of a frozen encoder.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of every choice.", min=0)] = 0,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch.  [default: one a core]", min=1)] = None,
+    json: Json = False,
+) -> None:
+    """Train a codebook captioner (the paper's stage 1, first form); `bootstrap` makes a bundle of it.
+
+    Example: tldr-stream train --noisy './noisy/*.tar' --clean './clean/*.tar' --architecture tiny --out ./captioner
+    """
+    from stream.results import show
+    from stream.train import train as job
+
+    result = job(
+        noisy,
+        clean or [],
+        out,
+        architecture=architecture,
+        exclude=exclude or (),
+        codes=codes,
+        epochs_noisy=epochs_noisy,
+        epochs_clean=epochs_clean,
+        text_encoder=text_encoder,
+        encoder_weights=encoder_weights,
+        cache=cache,
+        seed=seed,
+        threads=threads,
+        progress=_say,
+    )
+    show(result, json)
+
+
+@app.command(cls=JobCommand)
+def bootstrap(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SOURCE...", help="The bootstrap shard, as `ingest` reads it.")
+    ],
+    captioner: Annotated[
+        Path, typer.Option(help="Folder that `train` wrote, or a bundle whose clusters are replaced.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the bundle.")],
+    clusters: Annotated[int | None, typer.Option(help="Clusters N.  [default: the rule's, else 3000]", min=1)] = None,
+    rule: Annotated[str | None, typer.Option(help="`paper` (3000, raw vectors) or `authors` (1000).")] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(help="What is clustered: mean, histogram, pca or raw.  [default: the rule's, else mean]"),
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Source whose pairs are left out; repeatable.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of K-Means.", min=0)] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda[:N].  [default: a GPU where there is one]")] = None,
+    announce: Annotated[bool, typer.Option("--announce", help="Announce the bundle to the workers.")] = False,
+    bootstrap_servers: BootstrapServers = DEFAULT_BOOTSTRAP,
+    kafka: KafkaSettings = None,
+    kafka_properties: KafkaProperties = None,
+    json: Json = False,
+) -> None:
+    """Fit clusters to the index vectors of a bootstrap shard, and write the bundle that workers load.
+
+    Example: tldr-stream bootstrap './shard/*.tar' --captioner ./captioner --clusters 3000 --out ./bundle --announce
+    """
+    from stream.bootstrap import bootstrap as job
+    from stream.bundles import announce_folder
+    from stream.kafka import Connection
+    from stream.results import show
+
+    connection = Connection.of(bootstrap_servers, kafka or (), kafka_properties)
+    result = job(
+        sources,
+        captioner,
+        out,
+        clusters=clusters,
+        form=form,
+        rule=rule,
+        exclude=exclude or (),
+        seed=seed,
+        device=device,
+        progress=_say,
+    )
+    if announce:
+        announce_folder(connection, out)
+    show(result, json)
+
+
+def _say(line: str) -> None:
+    """Progress of a long job, apart from its result."""
+    typer.echo(line, err=True)
 
 
 def commands() -> dict[str, Any]:
