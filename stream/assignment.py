@@ -91,6 +91,12 @@ class Assignment:
         if partitions:
             log.info("%s %s", "lost" if lost else "revoked", partitions)
 
+    def restore_again(self) -> None:
+        """Begins anew with every running partition, from what is committed: nobody here knows what that is any more."""
+        running = list(self.running)
+        self.revoked(running, lost=True)
+        self.assigned(running)
+
     def close(self) -> None:
         """Closes what is left."""
         self.revoked([*self._restoring, *self.running], lost=True)

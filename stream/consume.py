@@ -261,7 +261,10 @@ def _run(
         if worker is not None:
             worker.on_error(error)
 
-    producer = _producer(connection, f"{group}-{instance}", using.kept_bytes_max)
+    def new_producer() -> Producer:
+        return _producer(connection, f"{group}-{instance}", using.kept_bytes_max)
+
+    producer = new_producer()
     consumer = _consumer(options, group, instance, on_statistics, on_error)
 
     def restore_partition(number: int, cancel: Cancel) -> Restored | None:
@@ -291,7 +294,16 @@ def _run(
     batch = options.batch_pairs or (NULL_BATCH_PAIRS if options.model == "null" else model.batch)
     pace = Pace(options.commit_interval_s, batch, options.stop_at_end)
     worker = Worker(
-        consumer, options.topic, using, outlet, restore_partition, adopt, pace, options.buffer_mb << 20, metrics
+        consumer,
+        options.topic,
+        using,
+        outlet,
+        restore_partition,
+        adopt,
+        pace,
+        options.buffer_mb << 20,
+        metrics,
+        new_producer,
     )
     server = HealthServer(
         metrics, options.metrics_host, options.metrics_port, lambda: worker.healthy, lambda: worker.ready

@@ -105,7 +105,13 @@ class Connection:
 
     def config(self, **ours: Any) -> Config:
         """Client settings: defaults, then the user's, then `ours` (underscores stand for dots)."""
-        defaults: Config = {"client.id": "tldr-stream", "log.connection.close": False}
+        defaults: Config = {
+            "client.id": "tldr-stream",
+            "log.connection.close": False,
+            # librdkafka's `rebootstrap` forgets every broker when all are away; after that send_offsets_to_transaction
+            # never returns (2.16, a single broker killed and restarted).
+            "metadata.recovery.strategy": "none",
+        }
         fixed = {key.replace("_", "."): value for key, value in ours.items()}
         return {**defaults, **self.settings, "bootstrap.servers": self.bootstrap_servers, **fixed}
 

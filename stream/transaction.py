@@ -15,7 +15,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, Topi
 
 from state.partition import Partition
 from stream.dead_letters import headers_of
-from stream.errors import Fenced, Stopped
+from stream.errors import Fenced
 from stream.records import Codec
 from stream.reduce import Effects
 from stream.topics import CODES_RECORD_BYTES, StreamTopics
@@ -41,6 +41,11 @@ class Aborted(Exception):
     """The transaction was aborted: nothing of it is visible. The caller goes back to the last committed offsets."""
 
 
+class ProducerLost(Exception):
+    """The producer is of no use any more (a broker that died in mid-transaction does that), and what became of the
+    transaction is not known here: the changelog tells. The caller makes a new producer and restores its partitions."""
+
+
 class Outlet(NamedTuple):
     """Where effects go: the transactional producer, the stream's topics, and who is writing."""
 
@@ -62,7 +67,7 @@ def commit(effects: Effects, partitions: Mapping[int, Partition], outlet: Outlet
     A crash before 4 leaves nothing; between 4 and 5 it costs the replay of one transaction.
 
     Raises Aborted (nothing happened; go back and do it again), Fenced (another worker owns what this one wrote to; touch
-    nothing more) or Stopped (the broker refuses for good).
+    nothing more) or ProducerLost (ask the changelog what happened).
     """
     producer = outlet.producer
     ends: dict[int, int] = {}
@@ -76,12 +81,10 @@ def commit(effects: Effects, partitions: Mapping[int, Partition], outlet: Outlet
         while producer.flush(ATTEMPT_TIMEOUT_S):
             log.warning("%d records of the transaction are not at the brokers yet", len(producer))
         offsets = [TopicPartition(outlet.raw_topic, p, partitions[p].next_offset) for p in touched]
-        _until_done(  # 3
-            lambda: producer.send_offsets_to_transaction(
-                offsets, outlet.consumer.consumer_group_metadata(), ATTEMPT_TIMEOUT_S
-            ),
-            "adding the offsets",
-        )
+        # Once only: repeated after a time-out it may hang for ever (librdkafka 2.16, a broker killed in between). To abort is
+        # safe as long as nobody was asked to commit.
+        metadata = outlet.consumer.consumer_group_metadata()
+        producer.send_offsets_to_transaction(offsets, metadata, ATTEMPT_TIMEOUT_S)  # 3
         _until_done(lambda: producer.commit_transaction(ATTEMPT_TIMEOUT_S), "committing")  # 4
     except KafkaException as error:
         _abort(producer, error, partitions.values())
@@ -140,20 +143,21 @@ def _until_done(call: Callable[[], None], what: str) -> None:
 
 
 def _abort(producer: Producer, error: KafkaException, partitions: Iterable[Partition]) -> None:
-    """Ends a failed transaction. Always raises: Aborted, or Fenced or Stopped where this worker cannot go on."""
+    """Ends a failed transaction. Always raises: Aborted, ProducerLost, or Fenced where this worker cannot go on."""
     reason: KafkaError = error.args[0]
     if reason.code() in FENCED_CODES:
         raise Fenced(
             f"another worker took over ({reason.str()}): give each worker its own --instance-id and --state-dir"
         ) from error
     if reason.fatal():
-        raise Stopped(f"the broker refuses the transaction for good: {reason.str()}") from error
+        raise ProducerLost(reason.str()) from error
     try:
         _until_done(lambda: producer.abort_transaction(ATTEMPT_TIMEOUT_S), "aborting")
     except KafkaException as second:
-        code = second.args[0].code()
-        kind = Fenced if code in FENCED_CODES else Stopped
-        raise kind(f"the transaction could not be aborted: {second.args[0].str()}") from second
+        refused = second.args[0]
+        if refused.code() in FENCED_CODES:
+            raise Fenced(f"the transaction could not be aborted: {refused.str()}") from second
+        raise ProducerLost(refused.str()) from second
     for partition in partitions:
         partition.abort()
     raise Aborted(reason.str()) from error

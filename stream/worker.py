@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from confluent_kafka import Consumer, KafkaError, TopicPartition
+from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
 
 from state.changelog import Totals
 from state.partition import Fate
@@ -28,7 +28,7 @@ from stream.metrics import Metrics
 from stream.murmur2 import partitions_of
 from stream.reduce import Cancelled, Effects, Reduction, reduce_batch
 from stream.restore import Restored
-from stream.transaction import Aborted, Outlet, commit
+from stream.transaction import Aborted, Outlet, ProducerLost, commit
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ class Worker:
         pace: Pace,
         buffer_bytes: int,
         metrics: Metrics,
+        new_producer: Callable[[], Producer],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.consumer, self.topic, self.using, self.outlet = consumer, topic, using, outlet
@@ -79,6 +80,7 @@ class Worker:
         self.intake = Intake(consumer, topic, buffer_bytes, clock)
         self.assignment = Assignment(self.intake, restore, self._restored)
         self._adopt = adopt
+        self._new_producer = new_producer
         self._clock = clock
         self._effects = Effects()
         self._effects_since: float | None = None
@@ -212,6 +214,12 @@ class Worker:
                 ) from error
             log.warning("transaction aborted (%s): going back to what was committed", error)
             self._go_back()
+            return
+        except ProducerLost as error:
+            self.metrics.transactions.labels("aborted").inc()
+            log.warning("the producer is lost (%s): making a new one and restoring", error)
+            self.outlet = self.outlet._replace(producer=self._new_producer())
+            self.assignment.restore_again()
             return
         self._aborted_in_a_row = 0
         took = self._clock() - began

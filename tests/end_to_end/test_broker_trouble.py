@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,24 +23,22 @@ def own_broker(tmp_path: Path) -> Iterator[LocalBroker]:
 
 
 def test_a_worker_outlives_its_broker_says_so_and_goes_on(own_broker: LocalBroker, tmp_path: Path) -> None:
-    # given
+    # given: a worker that has done what there was to do
     kafka = Connection(own_broker.bootstrap_servers)
     create_topic(kafka, "raw")
-    send(kafka, "raw", pairs(4000))
+    send(kafka, "raw", pairs(600))
     with worker(null_worker(kafka, "raw", tmp_path / "state"), tmp_path / "log") as running:
-        running.until_it_runs(2)
-        committed = re.compile(r'^tldr_transactions_total\{.*"committed".*\} [1-9]', re.MULTILINE)
-        until(lambda: committed.search(running.get("/metrics")[1]) is not None, "it commits")
+        until(lambda: processed(kafka, "raw"), "everything is processed")
 
-        # when: killed in the middle of the work, and started again after the worker has noticed
+        # when: the broker is killed, and started again after the worker has noticed
         own_broker.kill()
-        running.until_it_says(" WARNING ")  # it says so, whatever it was doing
+        running.until_it_says("trying on")
         assert running.get("/healthz")[0] == 200
         own_broker.start()
+        send(kafka, "raw", pairs(600, prefix="after"))
 
         # then
-        until(lambda: processed(kafka, "raw"), "everything is processed")
-        send(kafka, "raw", pairs(200, prefix="after"))
         until(lambda: processed(kafka, "raw"), "what came after is processed, too")
+        assert running.log.count("trying on") < 20  # librdkafka says it many times a second
         running.drain()
     assert outcome_of(kafka, "raw").anomalies() == NO_ANOMALY
