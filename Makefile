@@ -32,7 +32,7 @@ kafka: .build/kafka/ready ## the jars of the local Kafka
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@echo "installing the dependencies: PyTorch's ordinary wheel brings its CUDA parts, several GB"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	@mkdir -p .build && touch $@
 
 .build/kafka/ready: deploy/kafka/pom.xml
