@@ -21,6 +21,7 @@ from pathlib import Path
 from stream.errors import TldrError, Unavailable
 
 START_TIMEOUT_S = 60.0
+LOGGING_FILE = "log4j2.properties"
 STOP_TIMEOUT_S = 30.0
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -46,6 +47,17 @@ share.coordinator.state.topic.min.isr=1
 group.initial.rebalance.delay.ms=0
 offsets.topic.num.partitions=4
 transaction.state.log.num.partitions=4
+"""
+
+
+# Without a configuration log4j says nothing but errors; the file is written beside the server's own.
+LOGGING = """\
+appender.out.type=Console
+appender.out.name=out
+appender.out.layout.type=PatternLayout
+appender.out.layout.pattern=%d{ISO8601} %p %c{1}: %m%n
+rootLogger.level=info
+rootLogger.appenderRef.out.ref=out
 """
 
 
@@ -108,7 +120,16 @@ class LocalBroker:
                 ) from error
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [java, f"-Xmx{self.heap_mb}m", "-XX:+UseSerialGC", "-cp", f"{jars}/*", "kafka.Kafka", str(config)],
+                [
+                    java,
+                    f"-Xmx{self.heap_mb}m",
+                    "-XX:+UseSerialGC",
+                    f"-Dlog4j2.configurationFile={self.data.resolve() / LOGGING_FILE}",
+                    "-cp",
+                    f"{jars}/*",
+                    "kafka.Kafka",
+                    str(config),
+                ],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -146,6 +167,7 @@ class LocalBroker:
         text = SERVER_PROPERTIES.format(port=self.port, controller_port=free_port(), logs=self.data / "logs")
         text += "".join(f"{key}={value}\n" for key, value in self.properties.items())
         config.write_text(f"{text}tldr.port={self.port}\n")
+        (self.data / LOGGING_FILE).write_text(LOGGING)
         if not (self.data / "logs" / "meta.properties").exists():
             cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).rstrip(b"=").decode()
             # An id must not look like an option.

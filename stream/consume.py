@@ -338,12 +338,11 @@ def _fetcher(options: ConsumeOptions) -> Any:
 def _producer(connection: Connection, transactional_id: str, record_bytes: int) -> Producer:
     """The transactional producer: fences a predecessor of the same id and waits for what it left open."""
     producer = connection.producer(
+        {"compression.type": "lz4", "linger.ms": 5},
         transactional_id=transactional_id,
         transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
         socket_timeout_ms=TRANSACTION_TIMEOUT_MS,  # at most transaction.timeout.ms + 100 (docs/tried.md)
         message_max_bytes=max(record_bytes, DEFAULT_RECORD_BYTES) + KEPT_OVERHEAD_BYTES,
-        compression_type="lz4",
-        linger_ms=5,
     )
     while True:
         try:
@@ -361,6 +360,12 @@ def _producer(connection: Connection, transactional_id: str, record_bytes: int) 
 def _consumer(options: ConsumeOptions, group: str, instance: str, on_statistics: Any, on_error: Any) -> Consumer:
     return Consumer(
         options.connection.config(
+            {
+                "queued.max.messages.kbytes": PREFETCH_KB,
+                "queued.min.messages": PREFETCH_MESSAGES,
+                "fetch.queue.backoff.ms": 20,  # librdkafka waits a whole second by default once its queue is full
+                "fetch.wait.max.ms": 100,
+            },
             group_id=group,
             group_instance_id=instance,
             # KIP-848 refuses the successor of a killed static member until its session ends (docs/tried.md).
@@ -374,10 +379,6 @@ def _consumer(options: ConsumeOptions, group: str, instance: str, on_statistics:
             isolation_level="read_committed",
             enable_partition_eof=True,
             fetch_message_max_bytes=RECORD_BYTES_MAX,
-            queued_max_messages_kbytes=PREFETCH_KB,
-            queued_min_messages=PREFETCH_MESSAGES,
-            fetch_queue_backoff_ms=20,  # librdkafka waits a whole second by default once its queue is full
-            fetch_wait_max_ms=100,
             statistics_interval_ms=1000,
         )
         | {"stats_cb": on_statistics, "error_cb": on_error},

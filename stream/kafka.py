@@ -103,8 +103,8 @@ class Connection:
             raise TldrError(f"Kafka setting {reserved[0]} cannot be changed: tldr-stream chooses it itself")
         return cls(bootstrap_servers, settings)
 
-    def config(self, **ours: Any) -> Config:
-        """Client settings: defaults, then the user's, then `ours` (underscores stand for dots)."""
+    def config(self, tuned: Mapping[str, Any] | None = None, **ours: Any) -> Config:
+        """Client settings: defaults and what we `tuned`, then the user's, then `ours` (underscores stand for dots)."""
         defaults: Config = {
             "client.id": "tldr-stream",
             "log.connection.close": False,
@@ -113,7 +113,7 @@ class Connection:
             "metadata.recovery.strategy": "none",
         }
         fixed = {key.replace("_", "."): value for key, value in ours.items()}
-        return {**defaults, **self.settings, "bootstrap.servers": self.bootstrap_servers, **fixed}
+        return {**defaults, **(tuned or {}), **self.settings, "bootstrap.servers": self.bootstrap_servers, **fixed}
 
     @functools.cached_property
     def admin(self) -> AdminClient:
@@ -150,10 +150,12 @@ class Connection:
         )
         return Consumer(config, logger=_quiet)
 
-    def producer(self, **ours: Any) -> Producer:
+    def producer(self, tuned: Mapping[str, Any] | None = None, **ours: Any) -> Producer:
         """An idempotent producer that partitions as Java does (design: murmur2)."""
         ours = {"message_max_bytes": RECORD_BYTES_MAX, **ours}
-        return Producer(self.config(enable_idempotence=True, partitioner="murmur2_random", **ours), logger=_quiet)
+        return Producer(
+            self.config(tuned, enable_idempotence=True, partitioner="murmur2_random", **ours), logger=_quiet
+        )
 
 
 def partition_count(connection: Connection, topic: str) -> int:

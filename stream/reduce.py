@@ -29,6 +29,8 @@ Message = Any  # confluent_kafka.Message
 
 # A cluster of -1: nobody looked at the image.
 NO_CLUSTER = -1
+# A row of pair-codes takes its id, its vector, and this much more.
+CODES_ROW_BYTES = 60
 # Far above any URL, far below what a changelog record can hold.
 ID_BYTES_MAX = 8192
 
@@ -75,14 +77,19 @@ class CodesColumns:
         if fate == Fate.DUPLICATE:
             self.duplicate_of.append(duplicate_of)
 
-    def records(self, partition: int, epoch: int, bundle: str, tokens: int, rows_max: int) -> Iterable[dict[str, Any]]:
-        """The columns as PairCodes records of at most `rows_max` rows each."""
+    def records(self, partition: int, epoch: int, bundle: str, tokens: int, bytes_max: int) -> Iterable[dict[str, Any]]:
+        """The columns as PairCodes records of about `bytes_max` bytes each at most (a single row may take more)."""
         clusters = np.array(self.clusters, "<i4")
         fates = np.array(self.fates, np.uint8)
         vectors_before = np.concatenate([[0], np.cumsum(clusters >= 0)])
         duplicates_before = np.concatenate([[0], np.cumsum(fates == Fate.DUPLICATE)])
-        for start in range(0, len(self.ids), rows_max):
-            end = min(start + rows_max, len(self.ids))
+        weights = np.array([4 * len(pair_id) for pair_id in self.ids]) + (clusters >= 0) * 2 * tokens + CODES_ROW_BYTES
+        for gone, row in self.removed:
+            weights[row] += 4 * len(gone) + 10
+        # The number of whole records' worth of bytes before a row says which record it belongs to.
+        part = (np.cumsum(weights) - weights) // bytes_max
+        starts = np.flatnonzero(np.diff(part, prepend=-1)).tolist()
+        for start, end in zip(starts, [*starts[1:], len(self.ids)], strict=True):
             rows = slice(start, end)
             yield {
                 "partition": partition,

@@ -24,8 +24,6 @@ log = logging.getLogger(__name__)
 
 # Bounded by transaction.timeout.ms on the broker's side; on ours each attempt of a call ends after this long and is repeated.
 ATTEMPT_TIMEOUT_S = 5.0
-# A row of pair-codes takes its vector and about this much more.
-CODES_ROW_BYTES = 120
 
 FENCED_CODES = frozenset(
     {
@@ -101,8 +99,7 @@ def _records(
                "headers": effect.headers}  # fmt: skip
     for p, columns in effects.codes.items():
         state = partitions[p]
-        rows_max = max(1, CODES_RECORD_BYTES // (2 * state.settings.tokens + CODES_ROW_BYTES))
-        for record in columns.records(p, state.epoch, state.bundle or "", state.settings.tokens, rows_max):
+        for record in columns.records(p, state.epoch, state.bundle or "", state.settings.tokens, CODES_RECORD_BYTES):
             yield {"topic": topics.codes, "partition": p, "value": outlet.codes_codec.encode(record)}
     for letter in effects.dead:
         yield {"topic": topics.dead, "partition": letter.message.partition(), "key": letter.message.key(),
