@@ -48,8 +48,9 @@ corpus/full/.built: | setup
 FULL := --exclude 'corpus/sample/*.tar'
 sample-bundle: corpus ## train the sample bundle anew and measure it on the held-out sample (about 20 minutes)
 	$(BIN)/python -m stream train --noisy 'corpus/full/noisy-*.tar' --noisy 'corpus/full/clean-*.tar' \
-	  --architecture tiny $(FULL) --cache .build/features --out .build/captioner 2>&1 | tee bundles/train.log
-	$(BIN)/python -m stream bootstrap 'corpus/full/*.tar' --captioner .build/captioner --clusters 16 $(FULL) --out bundles/sample
+	  --clean 'corpus/full/clean-*.tar' --architecture tiny --threads 2 $(FULL) --cache .build/features --out .build/captioner
+	$(BIN)/python -m stream bootstrap corpus/full/noisy-000000.tar corpus/full/noisy-000001.tar corpus/full/noisy-000002.tar \
+	  --captioner .build/captioner --clusters 16 $(FULL) --out bundles/sample
 	$(BIN)/python -m corpus.evaluate --bundle bundles/sample --shards corpus/sample/*.tar --out bundles/FIGURES.md
 
 memory: setup ## a worker's anonymous memory after 10,000 and after 100,000 records

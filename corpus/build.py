@@ -91,13 +91,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line of `make corpus`."""
     parser = argparse.ArgumentParser(prog="python -m corpus.build", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("corpus/full"), help="folder of noisy-*.tar and clean-*.tar")
-    parser.add_argument("--sample", type=Path, default=Path("corpus/sample"), help="folder of the held-out sample-*.tar")
+    parser.add_argument(
+        "--sample", type=Path, default=Path("corpus/sample"), help="folder of the held-out sample-*.tar"
+    )
     parser.add_argument("--debs", type=Path, help="folder with the .deb files (default: fetched into OUT/debs)")
     parser.add_argument("--processes", type=int, default=2, help="how many draw at the same time")
     options = parser.parse_args(arguments)
     try:
         counts = build(
-            options.out, options.sample, options.debs or options.out / "debs", options.out / "unpacked", options.processes
+            options.out,
+            options.sample,
+            options.debs or options.out / "debs",
+            options.out / "unpacked",
+            options.processes,
         )
     except CorpusBuildError as error:
         print(f"error: {error}", file=sys.stderr)

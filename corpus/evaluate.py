@@ -57,7 +57,9 @@ def evaluate(bundle: Path, shards: Sequence[Path], seed: int) -> list[str]:
     negatives = model.match(vectors, [captions[i] for i in shuffled])
     novel = [i for i, count in enumerate(Counter(families)[f] for f in families) if count == 1]
     usage = np.bincount(vectors.ravel(), minlength=model.codebook_size)
-    perplexity, unknown = _perplexity(parts.captioner, parts.vocabulary, vectors, captions)
+    nats, lengths, unknown = _surprise(parts.captioner, parts.vocabulary, vectors, captions)
+    perplexity = math.exp(float(nats.sum()) / int(lengths.sum()))
+    ratio_auc = _likelihood_ratio_auc(parts, vectors, captions, [captions[i] for i in shuffled])
     occupancy = np.bincount(model.assign(vectors), minlength=model.clusters)
     halves = rng.permutation(len(captions)) % PARTITIONS
     cells = [np.bincount(model.assign(vectors[halves == h]), minlength=model.clusters) for h in range(PARTITIONS)]
@@ -78,6 +80,7 @@ def evaluate(bundle: Path, shards: Sequence[Path], seed: int) -> list[str]:
         "| figure | value |",
         "|---|---|",
         f"| ITM: AUC against shuffled captions | {auc(scores, negatives):.3f} |",
+        f"| … of the captioner's likelihood ratio, which costs two passes of the decoder | {ratio_auc:.3f} |",
         f"| ITM: median of the captions as found, of shuffled ones | {np.median(scores):.3f}, {np.median(negatives):.3f} |",
         f"| perplexity of the held-out captions, per word piece | {perplexity:.1f} |",
         f"| unknown pieces in the held-out captions | {unknown:.2%} |",
@@ -108,7 +111,9 @@ def evaluate(bundle: Path, shards: Sequence[Path], seed: int) -> list[str]:
     ]
 
 
-def _forms(vectors: Vectors, parts: CaptionerParts, own: np.ndarray, clusters: int, families: Sequence[str]) -> list[str]:
+def _forms(
+    vectors: Vectors, parts: CaptionerParts, own: np.ndarray, clusters: int, families: Sequence[str]
+) -> list[str]:
     """One row a form; pairs of one family are left out, since any form keeps identical pictures together."""
     codes = parts.captioner.quantiser.codebook.codes.numpy()
     similarity = own @ own.T
@@ -123,22 +128,37 @@ def _forms(vectors: Vectors, parts: CaptionerParts, own: np.ndarray, clusters: i
 
 
 @torch.inference_mode()
-def _perplexity(captioner: Captioner, vocabulary: Vocabulary, vectors: Vectors, captions: Sequence[str]) -> tuple[float, float]:
-    """(perplexity per piece, the stop included; share of unknown pieces), from the quantised tokens."""
+def _surprise(
+    captioner: Captioner, vocabulary: Vocabulary, vectors: Vectors, captions: Sequence[str], *, shown: bool = True
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """(nats of each caption, its pieces with the stop, share of unknown pieces); without the image where not `shown`."""
     pieces = vocabulary.encode(captions, captioner.config.caption_pieces_max)
-    nats, count = 0.0, 0
+    codes = captioner.quantiser.codebook.codes
+    nats: list[float] = []
     for start in range(0, len(pieces), 64):
         rows = pieces[start : start + 64]
         longest = max(map(len, rows)) + 1
         inputs = torch.tensor([[START, *r] + [PAD] * (longest - len(r) - 1) for r in rows])
         targets = torch.tensor([[*r, STOP] + [PAD] * (longest - len(r) - 1) for r in rows])
-        quantised = F.embedding(
-            torch.from_numpy(vectors[start : start + 64].astype(np.int64)), captioner.quantiser.codebook.codes
+        quantised = F.embedding(torch.from_numpy(vectors[start : start + 64].astype(np.int64)), codes)
+        logits = captioner.decoder.logits(inputs, captioner.decoder.see(quantised * float(shown)))
+        lost = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PAD, reduction="none")
+        nats += lost.view(targets.shape).sum(1).tolist()
+    lengths = np.array([len(r) + 1 for r in pieces])
+    return np.array(nats, np.float32), lengths, sum(r.count(UNK) for r in pieces) / max(1, int((lengths - 1).sum()))
+
+
+def _likelihood_ratio_auc(
+    parts: CaptionerParts, vectors: Vectors, captions: Sequence[str], others: Sequence[str]
+) -> float:
+    """What the captioner alone tells: log p(T | image) - log p(T) of true against shuffled captions."""
+    ratios = []
+    for texts in (captions, others):
+        with_image, without = (
+            _surprise(parts.captioner, parts.vocabulary, vectors, texts, shown=shown)[0] for shown in (True, False)
         )
-        words = int((targets != PAD).sum())
-        nats += float(captioner.decoder.loss(quantised, inputs, targets)) * words
-        count += words
-    return math.exp(nats / count), sum(r.count(UNK) for r in pieces) / max(1, sum(map(len, pieces)))
+        ratios.append(without - with_image)
+    return auc(*ratios)
 
 
 def _read(shards: Sequence[Path]) -> tuple[list[bytes], list[str], list[str], list[str]]:
@@ -166,7 +186,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m corpus.evaluate", description=__doc__)
     parser.add_argument("--bundle", type=Path, required=True, help="the bundle folder")
-    parser.add_argument("--shards", type=Path, nargs="+", required=True, help="held-out WebDataset shards of corpus.build")
+    parser.add_argument(
+        "--shards", type=Path, nargs="+", required=True, help="held-out WebDataset shards of corpus.build"
+    )
     parser.add_argument("--out", type=Path, help="file for the figures; they are printed in any case")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffles and the resampling")
     parser.add_argument("--threads", type=int, default=2, help="of torch")

@@ -53,7 +53,9 @@ def _from_svg(file: Path) -> Image.Image:
 
 def _size(svg: str) -> tuple[float, float] | None:
     tag = SVG_TAG.search(svg)
-    found = {name: float(v) * PIXELS_PER_UNIT[unit or "px"] for name, v, unit in LENGTH.findall(tag.group(0) if tag else "")}
+    found = {
+        name: float(v) * PIXELS_PER_UNIT[unit or "px"] for name, v, unit in LENGTH.findall(tag.group(0) if tag else "")
+    }
     return (found["width"], found["height"]) if found.keys() >= {"width", "height"} else None
 
 

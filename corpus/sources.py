@@ -70,7 +70,9 @@ def _metadata(svg: str) -> tuple[str, str, tuple[str, ...]]:
     work = re.search(r"<(\w+:)?Work\b.*?</(\w+:)?Work>", svg, re.DOTALL)
     block = work.group(0) if work else ""
     own = re.sub(r"<(\w+:)?Agent\b.*?</(\w+:)?Agent>", "", block, flags=re.DOTALL)
-    keywords = tuple(k for k in (_one_line(_text(k)) for k in re.findall(r"<rdf:li>(.*?)</rdf:li>", own, re.DOTALL)) if k)
+    keywords = tuple(
+        k for k in (_one_line(_text(k)) for k in re.findall(r"<rdf:li>(.*?)</rdf:li>", own, re.DOTALL)) if k
+    )
     return _field(own, "title"), _field(own, "description"), keywords
 
 

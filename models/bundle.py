@@ -94,7 +94,9 @@ def write_bundle(out: Path | str, contents: Mapping[str, bytes], about: Mapping[
     """
     out = Path(out)
     files = {n: {"sha256": hashlib.sha256(c).hexdigest(), "bytes": len(c)} for n, c in sorted(contents.items())}
-    space = content_hash({"files": {n: files[n] for n in SPACE_FILES}, "config": about["config"], "gate": about.get("gate")})
+    space = content_hash(
+        {"files": {n: files[n] for n in SPACE_FILES}, "config": about["config"], "gate": about.get("gate")}
+    )
     data: dict[str, Any] = {"format": FORMAT, "space": space, "files": files, **about}
     data["version"] = content_hash(data)
     out.parent.mkdir(parents=True, exist_ok=True)

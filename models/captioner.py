@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BertConfig, BertLMHeadModel, ViTConfig, ViTModel
+from transformers import BertConfig, BertLMHeadModel, EncoderDecoderCache, ViTConfig, ViTModel
 
 from models.codebook import Codebook
 from models.errors import ShapeError
@@ -35,6 +35,11 @@ class CaptionerConfig:
     decoder_heads: int = 12
     vocabulary: int = 30522
     caption_pieces_max: int = 30
+    guidance: float = (
+        1.0  # of captions: 1 is the plain decoder, more leans to what the image adds (models/captioning.py)
+    )
+    dropout: float = 0.1
+    word_shortcut: bool = False  # the mean token also votes for words directly: eases learning from few pairs
     vit_layers: int = 12
     vit_heads: int = 12
     vit_patch: int = 16
@@ -48,6 +53,7 @@ PAPER = CaptionerConfig()
 TINY = CaptionerConfig(
     encoder="lite", encoder_frozen=True, side=SIDE, tokens=TOKENS, feature_width=WIDTH, code_width=64, codes=1000,
     decoder_layers=3, decoder_width=192, decoder_heads=4, caption_pieces_max=20,
+    guidance=3.0, word_shortcut=True,
 )  # fmt: skip
 ARCHITECTURES = {"paper": PAPER, "tiny": TINY}
 
@@ -102,22 +108,39 @@ class Decoder(nn.Module):
             num_attention_heads=config.decoder_heads, intermediate_size=4 * config.decoder_width,
             max_position_embeddings=config.caption_pieces_max + 2, type_vocab_size=1, is_decoder=True,
             add_cross_attention=True, pad_token_id=PAD, bos_token_id=START, eos_token_id=STOP,
-            tie_word_embeddings=True,
+            tie_word_embeddings=True, hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout,
         )  # fmt: skip
         self.bert = BertLMHeadModel(bert)
+        self.topic = nn.Linear(config.code_width, config.decoder_width) if config.word_shortcut else None
 
-    def see(self, quantised: Tensor) -> Tensor:
-        """(B, L, D) → (B, L, width): what the cross-attention reads. A code says what, its place says where."""
-        seen: Tensor = self.bridge(quantised) + self.places
-        return seen
+    def see(self, quantised: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, L, D) → what the cross-attention reads, (B, L, width), and the votes for words, (B, V), if there are any.
+
+        A code says what, its place says where.
+        """
+        votes = None
+        if self.topic is not None:
+            votes = F.linear(self.topic(quantised.mean(1)), self.bert.bert.embeddings.word_embeddings.weight)
+        return self.bridge(quantised) + self.places, votes
+
+    def logits(
+        self, inputs: Tensor, seen: tuple[Tensor, Tensor | None], cache: EncoderDecoderCache | None = None
+    ) -> Tensor:
+        """(B, T, V) for the pieces (B, T) after what `cache` holds already."""
+        tokens, votes = seen
+        mask = (inputs != PAD).long() if cache is None else None
+        out: Tensor = self.bert(
+            input_ids=inputs, attention_mask=mask, encoder_hidden_states=tokens, past_key_values=cache,
+            use_cache=cache is not None,
+        ).logits  # fmt: skip
+        return out if votes is None else out + votes[:, None]
 
     def loss(self, quantised: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         """Language-modelling loss (paper §3.1): mean over the pieces of `targets` that are not padding.
 
         inputs, targets  (B, T) int64; targets[:, t] follows inputs[:, : t + 1].
         """
-        seen = self.see(quantised)
-        logits = self.bert(input_ids=inputs, attention_mask=(inputs != PAD).long(), encoder_hidden_states=seen).logits
+        logits = self.logits(inputs, self.see(quantised))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PAD)
 
 
@@ -133,11 +156,17 @@ class Captioner(nn.Module):
         self.quantiser = Quantiser(config)
         self.decoder = Decoder(config)
 
-    def losses(self, features: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(language-modelling loss, commitment loss, tokens, indices) of a batch of encoder features."""
+    def losses(
+        self, features: Tensor, inputs: Tensor, targets: Tensor, hidden: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(language-modelling loss, commitment loss, tokens, indices) of a batch of encoder features.
+
+        hidden  (B,) bool: images that the decoder is not shown, so that it also learns what captions are like without one.
+        """
         tokens = self.quantiser.tokens(features)
         quantised, indices, commitment = self.quantiser.codebook(tokens)
-        return self.decoder.loss(quantised, inputs, targets), commitment, tokens, indices
+        shown = quantised if hidden is None else quantised.masked_fill(hidden[:, None, None], 0.0)
+        return self.decoder.loss(shown, inputs, targets), commitment, tokens, indices
 
 
 def sized(config: CaptionerConfig, *, vocabulary: int, codes: int | None = None) -> CaptionerConfig:

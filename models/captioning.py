@@ -1,4 +1,8 @@
-"""Captions from index vectors: greedy, in batches, with cached keys and values (paper §3.2: T_g from quantised tokens)."""
+"""Captions from index vectors: greedy, in batches, with cached keys and values (paper §3.2: T_g from quantised tokens).
+
+With a guidance g other than 1, each word is chosen by log p(w) + g · (log p(w | image) - log p(w)): a corpus full of stock
+phrases makes the plain decoder say them of everything. p(w) is the same decoder's, shown no image (Ho & Salimans 2022).
+"""
 
 import numpy as np
 import torch
@@ -12,33 +16,45 @@ from models.vocabulary import MASK, PAD, START, STOP, UNK, Vocabulary
 
 BATCH = 32
 NEVER = -torch.inf
+LEAST = -3.0  # log of a twentieth of the likeliest word's probability (Li et al. 2023, contrastive decoding: a tenth)
 
 
 @torch.inference_mode()
-def generate(captioner: Captioner, vocabulary: Vocabulary, vectors: NDArray[np.uint16]) -> list[str]:
-    """One caption a row of `vectors` (n, L). Always at least one piece, no pair of pieces twice, no piece twice in a row."""
+def generate(
+    captioner: Captioner, vocabulary: Vocabulary, vectors: NDArray[np.uint16], guidance: float | None = None
+) -> list[str]:
+    """One caption a row of `vectors` (n, L). Always at least one piece, no pair of pieces twice, no piece twice in a row.
+
+    guidance  the captioner's own where it is None.
+    """
+    guidance = captioner.config.guidance if guidance is None else guidance
     device = captioner.quantiser.codebook.codes.device
     captions = []
     for start in range(0, len(vectors), BATCH):
         rows = torch.from_numpy(vectors[start : start + BATCH].astype(np.int64)).to(device)
         quantised = F.embedding(rows, captioner.quantiser.codebook.codes)
-        captions += [vocabulary.decode(ids) for ids in _greedy(captioner, quantised).tolist()]
+        captions += [vocabulary.decode(ids) for ids in _greedy(captioner, quantised, guidance).tolist()]
     return captions
 
 
-def _greedy(captioner: Captioner, quantised: Tensor) -> Tensor:
+def _greedy(captioner: Captioner, quantised: Tensor, guidance: float) -> Tensor:
     """(B, T) piece numbers without the start, padded after the stop."""
-    bert, config = captioner.decoder.bert, captioner.decoder.bert.config
-    seen = captioner.decoder.see(quantised)
+    config = captioner.decoder.bert.config
+    guided = guidance != 1.0
+    seen = captioner.decoder.see(torch.cat([quantised, torch.zeros_like(quantised)]) if guided else quantised)
     # a fresh cache a call: transformers 5 crashes without one and mixes images up with a used one
     cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
-    rows = torch.arange(len(seen), device=seen.device)
-    said = torch.full((len(seen), 1), START, device=seen.device)
-    done = torch.zeros(len(seen), dtype=torch.bool, device=seen.device)
+    rows = torch.arange(len(quantised), device=quantised.device)
+    said = torch.full((len(quantised), 1), START, device=quantised.device)
+    done = torch.zeros(len(quantised), dtype=torch.bool, device=quantised.device)
     for step in range(captioner.config.caption_pieces_max):
-        logits = bert(
-            input_ids=said[:, -1:], encoder_hidden_states=seen, past_key_values=cache, use_cache=True
-        ).logits[:, -1]  # fmt: skip
+        last = said[:, -1:].repeat(2, 1) if guided else said[:, -1:]
+        logits = captioner.decoder.logits(last, seen, cache)[:, -1]
+        if guided:
+            shown, blind = logits.log_softmax(-1).chunk(2)
+            logits = blind + guidance * (shown - blind)
+            # what the decoder would hardly say of this image must not win by being even rarer without it
+            logits = logits.masked_fill(shown < shown.max(-1, keepdim=True).values + LEAST, NEVER)
         logits[:, [PAD, UNK, START, MASK]] = NEVER
         if step == 0:
             logits[:, STOP] = NEVER

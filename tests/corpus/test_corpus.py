@@ -43,7 +43,9 @@ def test_two_sparse_drawings_are_not_one_family_for_being_mostly_white() -> None
     assert families(["line", "rule"], np.stack([one.ravel(), other.ravel()])) == ["line", "rule"]
 
 
-@pytest.mark.parametrize("size", ['width="50pt" height="40pt"', 'width="5cm" height="4cm"', 'width="50" height="40"', ""])
+@pytest.mark.parametrize(
+    "size", ['width="50pt" height="40pt"', 'width="5cm" height="4cm"', 'width="50" height="40"', ""]
+)
 def test_a_drawing_of_any_unit_is_drawn_on_white(tmp_path: Path, size: str) -> None:
     (tmp_path / "a.svg").write_text(svg(size=size))
 

@@ -17,7 +17,11 @@ def written(small: Small, out: Path, clusters: int = 3, gate: float = 0.5) -> Pa
     contents = CaptionerParts(small.captioner, small.vocabulary, small.matching).contents()
     clustering = fit(small.vectors, small.captioner.quantiser.codebook.codes.numpy(), clusters)
     contents["clusters.safetensors"] = clusters_content(clustering)
-    about = {"config": small.captioner.config.as_dict(), "gate": gate, "clustering": {"form": "mean", "clusters": clusters}}
+    about = {
+        "config": small.captioner.config.as_dict(),
+        "gate": gate,
+        "clustering": {"form": "mean", "clusters": clusters},
+    }
     write_bundle(out, contents, about)
     return out
 
@@ -84,7 +88,10 @@ def test_a_bundle_that_names_anything_but_data_is_refused(small: Small, tmp_path
 def test_a_missing_file_and_a_missing_bundle_are_one_line_each(small: Small, tmp_path: Path) -> None:
     (written(small, tmp_path / "a") / "decoder.safetensors").unlink()
 
-    for path, words in ((tmp_path / "a", "decoder.safetensors cannot be read"), (tmp_path / "no", "is no model bundle")):
+    for path, words in (
+        (tmp_path / "a", "decoder.safetensors cannot be read"),
+        (tmp_path / "no", "is no model bundle"),
+    ):
         with pytest.raises(BundleError, match=words) as caught:
             load_model(path, "cpu")
         assert "\n" not in str(caught.value)

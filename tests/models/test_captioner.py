@@ -26,14 +26,14 @@ def test_cached_greedy_decoding_says_what_an_uncached_loop_says(small: Small) ->
         with torch.inference_mode():
             while len(said) <= 8 and said[-1] != STOP:
                 seen = decoder.see(codes[torch.from_numpy(vector)][None])
-                logits = decoder.bert(input_ids=torch.tensor([said]), encoder_hidden_states=seen).logits[0, -1]
-                logits[: STOP] = -torch.inf
+                logits = decoder.logits(torch.tensor([said]), seen)[0, -1]
+                logits[:STOP] = -torch.inf
                 logits[STOP + 1] = -torch.inf
                 logits[said[-1]] = -torch.inf
                 said.append(int(logits.argmax()))
         expected.append(small.vocabulary.decode(said))
 
-    assert generate(small.captioner, small.vocabulary, small.vectors) == expected
+    assert generate(small.captioner, small.vocabulary, small.vectors, guidance=1.0) == expected
 
 
 def test_a_caption_is_never_empty_and_never_stutters(small: Small) -> None:
@@ -61,5 +61,7 @@ def test_the_paper_s_architecture_is_built_by_the_same_code_and_learns_end_to_en
 
     assert features.shape == (2, 16, 24) and indices.shape == (2, 16)
     assert (PAPER.tokens, PAPER.codes, PAPER.decoder_layers) == (196, 3000, 12)
-    reached = [n for n, p in captioner.encoder.named_parameters() if p.grad is not None and float(p.grad.abs().sum()) > 0]
+    reached = [
+        n for n, p in captioner.encoder.named_parameters() if p.grad is not None and float(p.grad.abs().sum()) > 0
+    ]
     assert any("patch_embeddings" in n for n in reached)

@@ -22,7 +22,9 @@ def pixels() -> list[np.ndarray]:
     return [(drawing(i % 8) ^ noise.integers(32, size=(224, 224, 3), dtype=np.uint8)) for i in range(6)]
 
 
-def test_features_are_the_same_bits_at_every_place_of_the_batch(encoder: PaddedEncoder, pixels: list[np.ndarray]) -> None:
+def test_features_are_the_same_bits_at_every_place_of_the_batch(
+    encoder: PaddedEncoder, pixels: list[np.ndarray]
+) -> None:
     first = encoder.features(pixels[:BATCH])
 
     for shift in (1, 3):
@@ -37,7 +39,9 @@ def test_features_are_the_same_bits_however_full_the_batch_is(
     assert encoder.features(pixels[:count]).tobytes() == encoder.features(pixels[:BATCH])[:count].tobytes()
 
 
-def test_vectors_do_not_depend_on_how_images_are_split_into_calls(encoder: PaddedEncoder, pixels: list[np.ndarray]) -> None:
+def test_vectors_do_not_depend_on_how_images_are_split_into_calls(
+    encoder: PaddedEncoder, pixels: list[np.ndarray]
+) -> None:
     together = encoder.vectors(pixels)
 
     alone = np.concatenate([encoder.vectors([p]) for p in pixels])

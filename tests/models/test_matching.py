@@ -16,12 +16,14 @@ TYPICAL, ANY = KINDS[:, None] * 3 + RNG.integers(3, size=(600, 16)), RNG.integer
 VECTORS = np.where(RNG.random((600, 16)) < 0.7, TYPICAL, ANY).astype(np.uint16)
 CAPTIONS = [f"a {WORDS[k]} {WORDS[RNG.integers(20)]}" for k in KINDS]
 CODES = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+# what a larger model would say of the captions: equal kinds, equal embeddings
+MEANINGS = torch.nn.functional.normalize(torch.randn(20, 24, generator=torch.Generator().manual_seed(1)), dim=-1)[KINDS]
 
 
 def trained() -> MatchingHead:
     torch.manual_seed(0)
     head = MatchingHead(60, 8, len(VOCABULARY), width=24)
-    train_head(head, VOCABULARY, CODES, VECTORS[:500], CAPTIONS[:500], epochs=15, seed=1, batch=64)
+    train_head(head, VOCABULARY, CODES, VECTORS[:500], CAPTIONS[:500], MEANINGS[:500], epochs=15, seed=1, batch=64)
     calibrate(head, VOCABULARY, CODES, VECTORS[:500], CAPTIONS[:500], seed=1)
     return head.eval()
 
