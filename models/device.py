@@ -4,16 +4,11 @@ Floats differ by machine, batch shape, thread count and version. A worker compar
 warns; what it computed is recorded in any case, so that nothing has to be computed twice.
 """
 
-import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-
-# Must stand in the environment before numpy, torch or faiss are imported: each brings an OpenMP whose threads otherwise
-# spin after every call and stall the other's next one by 5-15 ms.
-THREAD_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def choose_device(name: str | None = None) -> torch.device:
@@ -39,11 +34,6 @@ def fingerprint(device: torch.device, batch: int) -> dict[str, str]:
     if device.type == "cuda":
         known["cuda"] = str(torch.version.cuda)
     return known
-
-
-def missing_thread_settings() -> dict[str, str]:
-    """The variables of THREAD_ENVIRONMENT that this process was started without."""
-    return {name: value for name, value in THREAD_ENVIRONMENT.items() if os.environ.get(name) != value}
 
 
 @contextmanager

@@ -85,6 +85,7 @@ class LoadedModel:
         self.gate: float | None = None if gate is None else float(gate)
         self.batch = BATCH
         self.fingerprint = fingerprint(device, BATCH)
+        self.made_with: dict[str, str] = manifest.data.get("fingerprint", {})
         self._side = parts.captioner.config.side
         self._captioner = parts.captioner.to(device).eval()
         self._vocabulary = parts.vocabulary

@@ -25,6 +25,7 @@ class PairModel(Protocol):
     gate: float | None  # the bundle's ITM threshold, used only where the rule asks for it
     batch: int  # the one padded batch shape of the encoder
     fingerprint: dict[str, str]  # device, dtype, threads, versions … of this process
+    made_with: dict[str, str]  # the same of the process that made the bundle
 
     def decode(self, image: bytes) -> Pixels:
         """(S, S, 3) RGB. Thread safe. Raises models.errors.BadImage."""

@@ -32,6 +32,7 @@ class NullModel:
         self.space = hashlib.sha256(f"null/{tokens}/{codebook_size}/{gate}".encode()).hexdigest()
         self.version = hashlib.sha256(f"{self.space}/{clusters}".encode()).hexdigest()[:16]
         self.fingerprint = {"device": "none", "batch": str(batch)}
+        self.made_with = self.fingerprint
 
     def decode(self, image: bytes) -> Pixels:
         """The digest of the bytes. Raises BadImage for none, and for those that start with b"BAD"."""

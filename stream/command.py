@@ -19,6 +19,7 @@ from typer import _click
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from models.errors import ModelError
+from models.threads import set_thread_environment
 from state.errors import StateError
 from stream.errors import TldrError
 
@@ -52,6 +53,7 @@ class JobCommand(TyperCommand):
             fail(f"{error.format_message().rstrip('.')} (see {command} --help)", USER_ERROR_STATUS)
 
     def invoke(self, ctx: _click.Context) -> Any:
+        set_thread_environment()
         # torch warns of what it will one day replace; the user of a command can do nothing about it.
         warnings.filterwarnings("ignore", category=FutureWarning)
         try:

@@ -229,11 +229,10 @@ def _settings(options: ConsumeOptions, model: PairModel, partitions: int, raw_to
 
 def _warn_of_another_machine(model: PairModel) -> None:
     """Says where the bundle was made on another kind of machine: a few images may get other codes there."""
-    made_with: dict[str, str] = getattr(model, "made_with", {})
     different = [
-        f"{key} {made_with[key]} there and {value} here"
+        f"{key} {model.made_with[key]} there and {value} here"
         for key, value in model.fingerprint.items()
-        if key in made_with and made_with[key] != value
+        if model.made_with.get(key, value) != value
     ]
     if different:
         log.warning(

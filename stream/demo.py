@@ -449,8 +449,7 @@ def _count(value: Any) -> int:
 def _environment() -> dict[str, str]:
     """Two workers share this machine's cores: each network gets its part of them."""
     threads = str(max(1, (os.cpu_count() or 1) // WORKERS))
-    return {**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", "OPENBLAS_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}  # fmt: skip
+    return {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 
 
 def _empty(out: Path) -> None:

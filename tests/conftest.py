@@ -8,10 +8,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from models.threads import set_thread_environment
 from stream.broker import LocalBroker
 from stream.kafka import Connection
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+set_thread_environment()
 _counter = itertools.count()
 
 
