@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,7 +90,7 @@ class CodesColumns:
         # The number of whole records' worth of bytes before a row says which record it belongs to.
         part = (np.cumsum(weights) - weights) // bytes_max
         starts = np.flatnonzero(np.diff(part, prepend=-1)).tolist()
-        for start, end in zip(starts, [*starts[1:], len(self.ids)], strict=True):
+        for start, end in pairwise([*starts, len(self.ids)]):
             rows = slice(start, end)
             yield {
                 "partition": partition,

@@ -147,6 +147,13 @@ def test_a_batch_that_is_given_up_after_any_stage_has_not_happened(
     assert len(effects.kept) == 20
 
 
+def test_columns_without_a_row_are_no_record(partition: Partition, using: Reduction) -> None:
+    effects = reduced([Message(0, "bad", b"BAD")], partition, using)  # a batch of nothing but dead letters
+
+    assert len(effects.dead) == 1
+    assert list(effects.codes[0].records(0, 0, "bundle", MODEL.tokens, bytes_max=300)) == []
+
+
 def test_columns_split_into_records_keep_every_row_with_its_own_vector(partition: Partition, using: Reduction) -> None:
     # given: kept pairs, and duplicates without a vector between them
     messages = [Message(i, f"pair-{i % 7}", b"picture %d" % (i % 7)) for i in range(20)]
