@@ -105,9 +105,7 @@ def test_an_offset_that_is_no_record_is_not_unaccounted(kafka: Connection, name:
             producer.begin_transaction()
             producer.produce(name, b"broken", b"key", 0)
             producer.commit_transaction()
-            # the marker is written behind the caller's back, and may not be there yet
-            while end_offsets(kafka, name, [0]) != end_offsets(kafka, name, [0], committed=False):
-                time.sleep(0.01)
+            settled_end(kafka, name)
         writer.feed(["last"]).run()
         found = check(writer)
 
@@ -160,7 +158,7 @@ def test_where_codes_have_expired_the_rest_is_verified(
 def test_where_all_codes_have_expired_it_does_not_say_0_missing(kafka: Connection, name: str, tmp_path: Path) -> None:
     with StreamWriter(kafka, name, tmp_path, partitions=1) as writer:
         writer.feed(f"pair {i}" for i in range(20)).run()
-        expire(writer, end_offsets(kafka, writer.topics.codes, [0])[0])
+        expire(writer, settled_end(kafka, writer.topics.codes))
         found = check(writer)
 
     assert not any("0 missing" in line for line in found.lines())
@@ -177,6 +175,13 @@ def test_the_command_leaves_with_4_and_one_line_where_it_could_not_check_all(
 
     assert done.exit_code == 4
     assert done.stderr.splitlines()[-1].startswith(f"error: the stream {name} was verified in part: 1 clusters")
+
+
+def settled_end(kafka: Connection, topic: str) -> int:
+    """The end of the topic, once every transaction's marker is there: it is written behind the caller's back."""
+    while end_offsets(kafka, topic, [0]) != end_offsets(kafka, topic, [0], committed=False):
+        time.sleep(0.01)
+    return end_offsets(kafka, topic, [0])[0]
 
 
 def expire(writer: StreamWriter, offset: int) -> None:
