@@ -12,7 +12,7 @@ BUNDLES = "model-bundles"
 DAY_MS = 24 * 3600 * 1000
 # Room for the refined captions, the index vector and the framing on top of the largest raw record.
 KEPT_OVERHEAD_BYTES = 64 * 1024
-# Two copies of a caption are added to a kept pair (T, and T_g after it), each at most this many bytes over T_o's.
+# About so many bytes of rows go into one record of pair-codes: well under Kafka's default limit of 1 MB.
 CODES_RECORD_BYTES = 512 * 1024
 
 
