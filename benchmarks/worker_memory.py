@@ -2,8 +2,10 @@
 
     python benchmarks/worker_memory.py
 
-Starts a broker and one worker with the null model, and prints RssAnon (from /proc) when it has committed each number of
-records, with the bytes received for each byte of payload beside it.
+Starts a broker and one worker with the null model, sends records in waves of 10,000, and prints RssAnon (from /proc) once
+the worker has committed each number of records and has come to rest, with the bytes received for each byte of payload.
+Equal waves fill the buffers equally, so what grows from line to line is what the worker never lets go. Then a backlog of
+200,000 shows what full buffers take on top.
 """
 
 from __future__ import annotations
@@ -23,7 +25,11 @@ from stream.kafka import Connection, create_missing
 from stream.records import Codec
 
 TOPIC = "raw-pairs"
+WAVE = 10_000
 STEPS = (10_000, 50_000, 100_000, 200_000)
+BACKLOG = 200_000
+# Longer than stream.worker.GIVE_BACK_EVERY_S.
+REST_S = 7.0
 IMAGE_BYTES = 300
 TIMEOUT_S = 300.0
 
@@ -40,16 +46,25 @@ def main() -> None:
         )  # fmt: skip
         try:
             print("records  anonymous memory (MB)  received/payload")
-            sent = 0
-            for step in STEPS:
-                produce(connection, sent, step)
-                sent = step
-                figures = wait_for(port, step)
-                ratio = figures["tldr_received_bytes_total"] / figures["tldr_payload_bytes_total"]
-                print(f"{step:7,d}  {anonymous_mb(worker.pid):21.1f}  {ratio:16.3f}")
+            for sent in range(0, STEPS[-1], WAVE):
+                produce(connection, sent, sent + WAVE)
+                figures = wait_for(port, sent + WAVE)
+                if sent + WAVE in STEPS:
+                    time.sleep(REST_S)
+                    show(f"{sent + WAVE:,d}", worker.pid, figures)
+            produce(connection, STEPS[-1], STEPS[-1] + BACKLOG)
+            figures = wait_for(port, STEPS[-1] + BACKLOG)
+            show("backlog", worker.pid, figures)
+            time.sleep(REST_S)
+            show("at rest", worker.pid, figures)
         finally:
             worker.terminate()
             worker.wait()
+
+
+def show(when: str, pid: int, figures: dict[str, float]) -> None:
+    ratio = figures["tldr_received_bytes_total"] / figures["tldr_payload_bytes_total"]
+    print(f"{when:>7}  {anonymous_mb(pid):21.1f}  {ratio:16.3f}", flush=True)
 
 
 def produce(connection: Connection, start: int, end: int) -> None:

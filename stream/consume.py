@@ -24,6 +24,7 @@ from state.directory import StateDirectory
 from state.errors import SettingsDiffer, StateError
 from state.quota import Ratio
 from state.settings import StreamSettings, rule_named
+from stream.allocator import bound_heaps
 from stream.bundles import find_bundle
 from stream.errors import Fenced, Stopped, TldrError, Unavailable
 from stream.kafka import RECORD_BYTES_MAX, Connection, create_missing, partition_count, topic_id, topic_setting
@@ -99,6 +100,7 @@ def consume(options: ConsumeOptions) -> None:
     Raises TldrError (and models' and state's errors) before the first poll for whatever the user can put right, Stopped,
     Fenced or DataLoss where a running worker cannot go on.
     """
+    bound_heaps()
     refuse_impossible(options)
     connection, topic = options.connection, options.topic
     stream = options.stream or topic

@@ -21,6 +21,7 @@ from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
 
 from state.changelog import Totals
 from state.partition import Fate
+from stream.allocator import give_back
 from stream.assignment import Assignment, Restore
 from stream.errors import Fenced, Stopped
 from stream.intake import Intake
@@ -43,6 +44,8 @@ REVOKE_BUDGET_S = 20.0
 # /healthz: a loop that has not turned for this long is stuck.
 STUCK_AFTER_S = 120.0
 GAUGES_EVERY_S = 1.0
+# What libraries have freed goes back to the kernel this often; it takes a few milliseconds.
+GIVE_BACK_EVERY_S = 5.0
 # librdkafka reports a broker that is away many times a second.
 SAY_AGAIN_AFTER_S = 30.0
 # A rebalance or a broker that moves aborts one or two; what aborts this many will abort the next one too.
@@ -91,6 +94,7 @@ class Worker:
         self._trouble: BaseException | None = None
         self._turned_at = clock()
         self._gauged_at = 0.0
+        self._gave_back_at = 0.0
         self._warned_of_keys = False
         self._aborted_in_a_row = 0
         self._said_at: dict[int, float] = {}  # code of an error → when it was last said
@@ -345,6 +349,9 @@ class Worker:
         if now - self._gauged_at < GAUGES_EVERY_S:
             return
         self._gauged_at = now
+        if now - self._gave_back_at >= GIVE_BACK_EVERY_S:
+            self._gave_back_at = now
+            give_back()
         metrics, intake = self.metrics, self.intake
         metrics.buffer_bytes.set(intake.buffered_bytes)
         metrics.payload_bytes.inc(intake.received_bytes - self._counted_bytes)
