@@ -11,13 +11,13 @@ import math
 import os
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from confluent_kafka import Consumer, KafkaException, Producer
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
 
 from models.model import PairModel
 from state.directory import StateDirectory
@@ -25,6 +25,7 @@ from state.errors import SettingsDiffer, StateError
 from state.quota import Ratio
 from state.settings import StreamSettings, rule_named
 from stream.allocator import bound_heaps
+from stream.broker_errors import Course, course_of
 from stream.bundles import find_bundle
 from stream.errors import Fenced, Stopped, TldrError, Unavailable
 from stream.kafka import RECORD_BYTES_MAX, Connection, create_missing, partition_count, topic_id, topic_setting
@@ -258,12 +259,12 @@ def _run(
         if worker is not None:
             worker.on_statistics(text)
 
-    def on_error(error: Any) -> None:
+    def on_error(error: KafkaError) -> None:
         if worker is not None:
             worker.on_error(error)
 
     def new_producer() -> Producer:
-        return _producer(connection, f"{group}-{instance}", using.kept_bytes_max)
+        return _producer(connection, f"{group}-{instance}", using.kept_bytes_max, on_error)
 
     producer = new_producer()
     consumer = _consumer(options, group, instance, on_statistics, on_error)
@@ -336,10 +337,15 @@ def _fetcher(options: ConsumeOptions) -> Any:
     ).fetch
 
 
-def _producer(connection: Connection, transactional_id: str, record_bytes: int) -> Producer:
-    """The transactional producer: fences a predecessor of the same id and waits for what it left open."""
+def _producer(
+    connection: Connection, transactional_id: str, record_bytes: int, on_error: Callable[[KafkaError], None]
+) -> Producer:
+    """The transactional producer: fences a predecessor of the same id and waits for what it left open.
+
+    on_error  must not raise: without one, the client's own raises inside whichever callback comes next.
+    """
     producer = connection.producer(
-        {"compression.type": "lz4", "linger.ms": 5},
+        {"compression.type": "lz4", "linger.ms": 5, "error_cb": on_error},
         transactional_id=transactional_id,
         transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
         socket_timeout_ms=TRANSACTION_TIMEOUT_MS,  # at most transaction.timeout.ms + 100 (docs/tried.md)
@@ -351,10 +357,11 @@ def _producer(connection: Connection, transactional_id: str, record_bytes: int) 
             return producer
         except KafkaException as error:
             reason = error.args[0]
-            if reason.fatal():
+            course = course_of(reason)
+            if course is Course.FENCED:
                 raise Fenced(f"another worker took over the instance id: {reason.str()}") from error
-            if not reason.retriable():
-                raise Unavailable(f"the broker grants no transactions: {reason.str()}") from error
+            if course is not Course.REPEAT:
+                raise TldrError(f"the broker grants no transactions to {transactional_id}: {reason.str()}") from error
             log.warning("waiting for the transaction coordinator: %s", reason.str())
 
 

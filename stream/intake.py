@@ -15,6 +15,7 @@ from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
+from stream.broker_errors import kafka_error_of, says_fenced
 from stream.errors import DataLoss, Fenced, Stopped
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,6 @@ FULL_POLL_EVERY_S = 3.0
 # Resume when this share of the buffer is free again.
 RESUME_SHARE = 0.5
 
-_FENCED = frozenset({KafkaError.FENCED_INSTANCE_ID, KafkaError._FENCED, KafkaError.UNRELEASED_INSTANCE_ID})
 _GONE = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_ID})
 _OUT_OF_RANGE = frozenset({KafkaError.OFFSET_OUT_OF_RANGE, KafkaError._AUTO_OFFSET_RESET})
 _FOR_GOOD = frozenset({KafkaError._FATAL, KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED})
@@ -79,8 +79,8 @@ class Intake:
             # consume(n, t) waits for n messages or the whole of t; poll returns with the first.
             head = self.consumer.poll(wait_s)
             messages = [] if head is None else [head, *self.consumer.consume(FETCH_MESSAGES - 1, 0)]
-        except KafkaException as failure:
-            self._refuse(failure.args[0], None)
+        except (KafkaException, KafkaError, SystemError) as failure:
+            self._refuse(kafka_error_of(failure), None)
             messages = []
         self._polled_at = self._clock()
         restarted, self._started_while_polling = self._started_while_polling, None
@@ -153,8 +153,7 @@ class Intake:
         """Raises for an error that will not pass; says the others once they come."""
         code = error.code()
         where = self.topic if message is None else f"{self.topic}/{message.partition()}"
-        # Once a client has failed for good, every error of it is _FATAL and only its text tells which one it was.
-        if code in _FENCED or (code == KafkaError._FATAL and "fenced" in error.str()):
+        if says_fenced(error):
             raise Fenced(f"another worker uses this instance id ({error.str()}): give each its own --instance-id")
         if code in _OUT_OF_RANGE:
             raise DataLoss(f"{where}: the next offset is no longer on the broker ({error.str()})")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 
 from state.partition import Partition
+from stream.broker_errors import Course, course_of, kafka_error_of
 from stream.dead_letters import headers_of
-from stream.errors import Fenced
+from stream.errors import Fenced, Stopped
 from stream.records import Codec
 from stream.reduce import Effects
 from stream.topics import CODES_RECORD_BYTES, StreamTopics
@@ -24,15 +25,6 @@ log = logging.getLogger(__name__)
 
 # Bounded by transaction.timeout.ms on the broker's side; on ours each attempt of a call ends after this long and is repeated.
 ATTEMPT_TIMEOUT_S = 5.0
-
-FENCED_CODES = frozenset(
-    {
-        KafkaError._FENCED,
-        KafkaError.PRODUCER_FENCED,
-        KafkaError.INVALID_PRODUCER_EPOCH,
-        KafkaError.FENCED_INSTANCE_ID,
-    }
-)
 
 
 class Aborted(Exception):
@@ -65,13 +57,14 @@ def commit(effects: Effects, partitions: Mapping[int, Partition], outlet: Outlet
     A crash before 4 leaves nothing; between 4 and 5 it costs the replay of one transaction.
 
     Raises Aborted (nothing happened; go back and do it again), Fenced (another worker owns what this one wrote to; touch
-    nothing more) or ProducerLost (ask the changelog what happened).
+    nothing more), ProducerLost (ask the changelog what happened) or Stopped (the same would happen again).
     """
     producer = outlet.producer
-    ends: dict[int, int] = {}
+    touched = sorted(effects.codes.keys() | {letter.message.partition() for letter in effects.dead})
+    # To stand further back than the end is harmless: a restore applies the same records again.
+    ends = {p: partitions[p].store.changelog_position or 0 for p in touched}
     try:
         producer.begin_transaction()  # 1
-        touched = sorted(effects.codes.keys() | {letter.message.partition() for letter in effects.dead})
         for send in _records(effects, touched, partitions, outlet, ends):  # 2
             _produce(producer, send)
         # Everything lies at the brokers before the offsets are pending: a successor that finds no pending offsets of this
@@ -84,7 +77,7 @@ def commit(effects: Effects, partitions: Mapping[int, Partition], outlet: Outlet
         metadata = outlet.consumer.consumer_group_metadata()
         producer.send_offsets_to_transaction(offsets, metadata, ATTEMPT_TIMEOUT_S)  # 3
         _until_done(lambda: producer.commit_transaction(ATTEMPT_TIMEOUT_S), "committing")  # 4
-    except KafkaException as error:
+    except (KafkaException, KafkaError, SystemError) as error:
         _abort(producer, error, partitions.values())
     for p in touched:  # 5
         partitions[p].commit(ends[p])
@@ -112,9 +105,10 @@ def _records(
 
 
 def _remember_end(error: KafkaError | None, message: Any, partition: int, ends: dict[int, int]) -> None:
-    # Raising here would end as a SystemError; a failed delivery makes the commit fail by itself.
-    if error is None:
-        ends[partition] = max(ends.get(partition, 0), message.offset() + 1)
+    # Raising here would end as a SystemError; a failed delivery makes the commit fail by itself. A record that a broker has
+    # already (DUPLICATE_SEQUENCE_NUMBER) is delivered without an offset.
+    if error is None and message.offset() is not None:
+        ends[partition] = max(ends[partition], message.offset() + 1)
 
 
 def _produce(producer: Producer, send: dict[str, Any]) -> None:
@@ -134,27 +128,35 @@ def _until_done(call: Callable[[], None], what: str) -> None:
             call()
             return
         except KafkaException as error:
-            if not error.args[0].retriable():
+            reason = kafka_error_of(error)
+            if course_of(reason) is not Course.REPEAT:
                 raise
-            log.warning("%s goes on for %.0f s: %s", what, time.monotonic() - began, error.args[0].str())
+            log.warning("%s goes on for %.0f s: %s", what, time.monotonic() - began, reason.str())
 
 
-def _abort(producer: Producer, error: KafkaException, partitions: Iterable[Partition]) -> None:
-    """Ends a failed transaction. Always raises: Aborted, ProducerLost, or Fenced where this worker cannot go on."""
-    reason: KafkaError = error.args[0]
-    if reason.code() in FENCED_CODES:
+def _abort(producer: Producer, error: BaseException, partitions: Iterable[Partition]) -> NoReturn:
+    """Ends a failed transaction as the error's course says."""
+    reason = kafka_error_of(error)
+    course = course_of(reason)
+    if course is Course.FENCED:
         raise Fenced(
             f"another worker took over ({reason.str()}): give each worker its own --instance-id and --state-dir"
         ) from error
-    if reason.fatal():
+    if course is Course.REPLACE:
         raise ProducerLost(reason.str()) from error
     try:
-        _until_done(lambda: producer.abort_transaction(ATTEMPT_TIMEOUT_S), "aborting")
-    except KafkaException as second:
-        refused = second.args[0]
-        if refused.code() in FENCED_CODES:
+        if not reason.fatal():
+            _until_done(lambda: producer.abort_transaction(ATTEMPT_TIMEOUT_S), "aborting")
+    except (KafkaException, KafkaError, SystemError) as second:
+        refused = kafka_error_of(second)
+        if course_of(refused) is Course.FENCED:
             raise Fenced(f"the transaction could not be aborted: {refused.str()}") from second
-        raise ProducerLost(refused.str()) from second
+        if course is not Course.STOP:
+            raise ProducerLost(refused.str()) from second
+    if course is Course.STOP:
+        raise Stopped(
+            f"Kafka refuses the transaction: {reason.str()}; nothing of it is visible. Put that right and start again"
+        ) from error
     for partition in partitions:
         partition.abort()
     raise Aborted(reason.str()) from error

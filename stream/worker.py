@@ -23,6 +23,7 @@ from state.changelog import Totals
 from state.partition import Fate
 from stream.allocator import give_back
 from stream.assignment import Assignment, Restore
+from stream.broker_errors import says_fenced
 from stream.errors import Fenced, Stopped
 from stream.intake import Intake
 from stream.metrics import Metrics
@@ -390,7 +391,7 @@ class Worker:
 
     def on_error(self, error: KafkaError) -> None:
         """Broker trouble, said when it comes and now and then; the clients go on trying by themselves."""
-        if error.code() in (KafkaError._FENCED, KafkaError.FENCED_INSTANCE_ID):
+        if says_fenced(error):
             self._trouble = Fenced(
                 f"another worker uses this instance id ({error.str()}): give each its own --instance-id"
             )
