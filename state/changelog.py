@@ -50,7 +50,7 @@ class Totals(NamedTuple):
     """What became of everything a partition has read, since its stream began.
 
     read = dead + duplicates + forgotten + below_gate + counted; counted = kept + over_quota + over_cap;
-    in the reduced set now = kept - evicted - removed.
+    in the reduced set now = kept - evicted - removed. lost: offsets that the broker had deleted before they were read.
     """
 
     read: int = 0
@@ -64,6 +64,7 @@ class Totals(NamedTuple):
     kept: int = 0
     evicted: int = 0
     removed: int = 0
+    lost: int = 0
 
 
 class Position(NamedTuple):
@@ -159,7 +160,8 @@ def decode_position(value: bytes) -> Position:
     """Inverse of `encode_position`; fields added later are ignored. Raises UnknownRecord."""
     try:
         values = json.loads(value)
-        totals = Totals(**{name: values["totals"][name] for name in Totals._fields})
+        counts = {"lost": 0, **values["totals"]}  # the first streams did not count what they lost
+        totals = Totals(**{name: counts[name] for name in Totals._fields})
         return Position(values["next_offset"], values["epoch"], values["wall_clock_ms"], values["instance"], totals)
     except (ValueError, KeyError, TypeError) as error:
         raise _strange("P", error) from error

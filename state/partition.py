@@ -111,7 +111,7 @@ class Partition:
     `changes` gives the changelog records of the open transaction, and `commit` or `abort` ends it.
     """
 
-    next_offset: int | None  # the next input offset; None: nothing read yet. May be moved forward over a gap.
+    next_offset: int | None  # the next input offset; None: nothing read yet
     epoch: int  # -1 until the first `adopt`
 
     def __init__(
@@ -143,7 +143,7 @@ class Partition:
         self._switch = switches[-1] if switches else None
         self.epoch = self._switch.epoch if self._switch else -1
         self._tally = [0] * len(Fate)
-        self._evicted = self._removed = 0
+        self._evicted = self._removed = self._lost = 0
         self._committed = position.totals if position else Totals()
         self._touched: list[_Cell] = []
         self._counted: dict[int, int] = {}  # known hash → offset: ids that this transaction counted
@@ -284,6 +284,11 @@ class Partition:
         self._taken_down[known] = offset
         return _decision((FORGOTTEN, -1, priority, -1, removed))
 
+    def skip(self, offset: int) -> None:
+        """Go on at `offset`: what lies before it is no longer to be had, and counts as lost."""
+        self._lost += offset - (self.next_offset or 0)
+        self.next_offset = offset
+
     def adopt(self, bundle: str, space: str, input_offset: int) -> int:
         """Count from `input_offset` on with this bundle; returns the epoch.
 
@@ -321,6 +326,7 @@ class Partition:
             kept=kept,
             evicted=self._evicted,
             removed=self._removed,
+            lost=self._lost,
         )
         return Totals(*(before + now for before, now in zip(self._committed, here, strict=True)))
 

@@ -10,7 +10,7 @@ consumed only when its store is exact. The states and the only steps between the
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -91,9 +91,9 @@ class Assignment:
         if partitions:
             log.info("%s %s", "lost" if lost else "revoked", partitions)
 
-    def restore_again(self) -> None:
-        """Begins anew with every running partition, from what is committed: nobody here knows what that is any more."""
-        running = list(self.running)
+    def restore_again(self, partitions: Iterable[int]) -> None:
+        """Begins anew with these running partitions, from what is committed: nobody here knows what that is any more."""
+        running = list(partitions)
         self.revoked(running, lost=True)
         self.assigned(running)
 

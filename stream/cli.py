@@ -166,6 +166,14 @@ def consume(
     stop_at_end: Annotated[
         bool, typer.Option("--stop-at-end", help="Leave when the partitions of this worker are consumed to their ends.")
     ] = False,
+    on_data_loss: Annotated[
+        str,
+        typer.Option(help="Raw offsets that the broker has deleted unread: `stop`, or `continue` and count them."),
+    ] = "stop",
+    transaction_timeout_s: Annotated[
+        float,
+        typer.Option(help="Seconds after which the broker ends the open transaction of a dead worker.", min=2),
+    ] = 10.0,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log every transaction.")] = False,
 ) -> None:
     """Run a worker: reduce the raw pairs of a topic, exactly once, until SIGTERM.
@@ -213,6 +221,8 @@ def consume(
             metrics_host=metrics_host,
             metrics_port=metrics_port,
             stop_at_end=stop_at_end,
+            on_data_loss=on_data_loss,
+            transaction_timeout_s=transaction_timeout_s,
         )
     )
 

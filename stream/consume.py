@@ -36,16 +36,22 @@ from stream.reduce import Reduction
 from stream.restore import Cancel, Restored, restore
 from stream.schema_registry import open_registry
 from stream.topics import KEPT_OVERHEAD_BYTES, StreamTopics
-from stream.transaction import ATTEMPT_TIMEOUT_S, Outlet
-from stream.worker import Pace, Worker
+from stream.transaction import Outlet
+from stream.worker import REVOKE_BUDGET_S, Pace, Worker
 
 log = logging.getLogger(__name__)
 
 DEFAULT_RATIO = Ratio(1, 4)  # paper Table 2e
 DEFAULT_RECORD_BYTES = 1_048_588  # Kafka's own max.message.bytes
-# Above the heartbeat's and below what a group should wait for a dead worker.
-TRANSACTION_TIMEOUT_MS = 10_000
-MAX_POLL_INTERVAL_MS = 300_000
+# An attempt to commit ends after this long, or after half of a shorter transaction time-out.
+ATTEMPT_TIMEOUT_S = 5.0
+MAX_POLL_INTERVAL_S = 300.0
+# Kafka settings that other time-outs are chosen with, and so have an option or a meaning of their own.
+OPTION_OF = {
+    "session.timeout.ms": "--session-timeout-s",
+    "transaction.timeout.ms": "--transaction-timeout-s",
+    "socket.timeout.ms": "--transaction-timeout-s",  # librdkafka wants it to be at most as long
+}
 # What librdkafka may fetch ahead; a pause throws it away.
 PREFETCH_KB = 32 * 1024
 # … and of small records no more than this many of each partition, which keeps memory flat.
@@ -93,6 +99,8 @@ class ConsumeOptions:
     metrics_host: str = "0.0.0.0"  # noqa: S104 (Prometheus scrapes from another machine)
     metrics_port: int | None = None
     stop_at_end: bool = False
+    on_data_loss: str = "stop"
+    transaction_timeout_s: float = 10.0
 
 
 def consume(options: ConsumeOptions) -> None:
@@ -159,16 +167,32 @@ def refuse_impossible(options: ConsumeOptions) -> None:
         Ratio.parse(options.ratio)
     if options.gate not in (None, "off", "bundle"):
         _number(options.gate, "--gate")
+    if options.on_data_loss not in ("stop", "continue"):
+        raise TldrError(f"--on-data-loss {options.on_data_loss}: use `stop` or `continue`")
     if options.stream is not None and not options.stream.strip():
         raise TldrError("--stream needs a name")
     if options.instance_id is not None and not INSTANCE_ID.fullmatch(options.instance_id):
         raise TldrError(f"--instance-id {options.instance_id!r}: use letters, digits, `.`, `_` and `-`")
     if options.fetch_allow_private and not options.fetch_allow:
         raise TldrError("--fetch-allow-private allows nothing by itself: say from where with --fetch-allow")
-    if 2 * ATTEMPT_TIMEOUT_S * 1000 > TRANSACTION_TIMEOUT_MS:
-        raise TldrError("an attempt to commit must fit twice into the transaction time-out")
-    if options.session_timeout_s * 1000 > MAX_POLL_INTERVAL_MS:
-        raise TldrError(f"--session-timeout-s must be at most {MAX_POLL_INTERVAL_MS // 1000}, the poll interval")
+    for setting, option in OPTION_OF.items():
+        if setting in options.connection.settings:
+            raise TldrError(f"Kafka setting {setting} is chosen together with others here: use {option}")
+    if options.session_timeout_s > _max_poll_interval_s(options):
+        raise TldrError(
+            f"--session-timeout-s {options.session_timeout_s:g} is above the poll interval of "
+            f"{_max_poll_interval_s(options):g} s: shorten it, or raise --kafka max.poll.interval.ms=MS"
+        )
+
+
+def _max_poll_interval_s(options: ConsumeOptions) -> float:
+    """How long the group waits for a worker that does not poll; a rebalance may wait as long. The user may set it."""
+    text = options.connection.settings.get("max.poll.interval.ms")
+    if text is None:
+        return MAX_POLL_INTERVAL_S
+    if not text.isdecimal():
+        raise TldrError("Kafka setting max.poll.interval.ms must be a whole number of milliseconds")
+    return int(text) / 1000
 
 
 def _number(text: str | None, option: str) -> float:
@@ -264,7 +288,9 @@ def _run(
             worker.on_error(error)
 
     def new_producer() -> Producer:
-        return _producer(connection, f"{group}-{instance}", using.kept_bytes_max, on_error)
+        return _producer(
+            connection, f"{group}-{instance}", using.kept_bytes_max, options.transaction_timeout_s, on_error
+        )
 
     producer = new_producer()
     consumer = _consumer(options, group, instance, on_statistics, on_error)
@@ -277,7 +303,10 @@ def _run(
         path = directory.store_path(number)
         while True:
             try:
-                return restore(connection, topics, options.topic, group, settings, number, path, cancelled=cancel)
+                return restore(
+                    connection, topics, options.topic, group, settings, number, path,
+                    continue_after_loss=options.on_data_loss == "continue", cancelled=cancel,
+                )  # fmt: skip
             except Unavailable as error:  # the broker moves or is away: a running worker outlives that
                 log.warning("partition %d cannot be restored yet: %s; trying on", number, error)
                 if cancel.wait(RESTORE_AGAIN_AFTER_S):
@@ -292,9 +321,11 @@ def _run(
             )
         restored.partition.adopt(model.version, model.space, restored.next_offset)
 
-    outlet = Outlet(producer, consumer, topics, options.topic, codes, instance, settings.partition_count)
+    attempt_s = min(ATTEMPT_TIMEOUT_S, options.transaction_timeout_s / 2)
+    outlet = Outlet(producer, consumer, topics, options.topic, codes, instance, settings.partition_count, attempt_s)
     batch = options.batch_pairs or (NULL_BATCH_PAIRS if options.model == "null" else model.batch)
-    pace = Pace(options.commit_interval_s, batch, options.stop_at_end)
+    revoke_budget_s = min(REVOKE_BUDGET_S, _max_poll_interval_s(options) / 2)
+    pace = Pace(options.commit_interval_s, batch, options.stop_at_end, revoke_budget_s)
     worker = Worker(
         consumer,
         options.topic,
@@ -338,7 +369,11 @@ def _fetcher(options: ConsumeOptions) -> Any:
 
 
 def _producer(
-    connection: Connection, transactional_id: str, record_bytes: int, on_error: Callable[[KafkaError], None]
+    connection: Connection,
+    transactional_id: str,
+    record_bytes: int,
+    transaction_timeout_s: float,
+    on_error: Callable[[KafkaError], None],
 ) -> Producer:
     """The transactional producer: fences a predecessor of the same id and waits for what it left open.
 
@@ -347,13 +382,13 @@ def _producer(
     producer = connection.producer(
         {"compression.type": "lz4", "linger.ms": 5, "error_cb": on_error},
         transactional_id=transactional_id,
-        transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
-        socket_timeout_ms=TRANSACTION_TIMEOUT_MS,  # at most transaction.timeout.ms + 100 (docs/tried.md)
+        transaction_timeout_ms=int(transaction_timeout_s * 1000),
+        socket_timeout_ms=int(transaction_timeout_s * 1000),  # at most transaction.timeout.ms + 100 (docs/tried.md)
         message_max_bytes=max(record_bytes, DEFAULT_RECORD_BYTES) + KEPT_OVERHEAD_BYTES,
     )
     while True:
         try:
-            producer.init_transactions(TRANSACTION_TIMEOUT_MS / 1000 * 2)
+            producer.init_transactions(2 * transaction_timeout_s)
             return producer
         except KafkaException as error:
             reason = error.args[0]
@@ -373,6 +408,7 @@ def _consumer(options: ConsumeOptions, group: str, instance: str, on_statistics:
                 "queued.min.messages": PREFETCH_MESSAGES,
                 "fetch.queue.backoff.ms": 20,  # librdkafka waits a whole second by default once its queue is full
                 "fetch.wait.max.ms": 100,
+                "max.poll.interval.ms": int(MAX_POLL_INTERVAL_S * 1000),
             },
             group_id=group,
             group_instance_id=instance,
@@ -380,7 +416,6 @@ def _consumer(options: ConsumeOptions, group: str, instance: str, on_statistics:
             group_protocol="classic",
             partition_assignment_strategy="cooperative-sticky",
             session_timeout_ms=int(options.session_timeout_s * 1000),
-            max_poll_interval_ms=MAX_POLL_INTERVAL_MS,
             enable_auto_commit=False,
             enable_auto_offset_store=False,
             auto_offset_reset="error",

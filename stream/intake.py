@@ -16,7 +16,7 @@ from typing import Any
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from stream.broker_errors import kafka_error_of, says_fenced
-from stream.errors import DataLoss, Fenced, Stopped
+from stream.errors import Fenced, Stopped
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,14 @@ RESUME_SHARE = 0.5
 
 _GONE = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_ID})
 _OUT_OF_RANGE = frozenset({KafkaError.OFFSET_OUT_OF_RANGE, KafkaError._AUTO_OFFSET_RESET})
-_FOR_GOOD = frozenset({KafkaError._FATAL, KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED})
+_FOR_GOOD = frozenset(
+    {
+        KafkaError._FATAL,
+        KafkaError.TOPIC_AUTHORIZATION_FAILED,
+        KafkaError.GROUP_AUTHORIZATION_FAILED,
+        KafkaError.INVALID_SESSION_TIMEOUT,
+    }
+)
 # States of the world that pass by themselves; librdkafka goes on trying.
 _PASSING = frozenset({KafkaError._ALL_BROKERS_DOWN, KafkaError._TRANSPORT, KafkaError._TIMED_OUT, KafkaError._RESOLVE})
 
@@ -50,6 +57,7 @@ class Intake:
         self.bytes_max = bytes_max
         self.buffered_bytes = 0
         self.received_bytes = 0
+        self.out_of_range: set[int] = set()  # partitions whose next offset the broker no longer has
         self.at_end: dict[int, int] = {}  # partition → the end that the reader stands at
         self._buffer: deque[Message] = deque()
         self._paused: set[int] = set()
@@ -65,7 +73,7 @@ class Intake:
     def poll(self, wait_s: float) -> None:
         """Fetches into the buffer and serves the group's callbacks; waits at most `wait_s` for the first message.
 
-        Raises Fenced, DataLoss or Stopped where consuming cannot go on.
+        Raises Fenced or Stopped where consuming cannot go on.
         """
         full = self.buffered_bytes >= self.bytes_max
         if full and self._clock() - self._polled_at < FULL_POLL_EVERY_S:
@@ -89,6 +97,8 @@ class Intake:
             if error is not None:
                 if error.code() == KafkaError._PARTITION_EOF:
                     self.at_end[message.partition()] = message.offset()
+                elif error.code() in _OUT_OF_RANGE and message.partition() in self._consumed:
+                    self.out_of_range.add(message.partition())
                 else:
                     self._refuse(error, message)
                 continue
@@ -126,6 +136,7 @@ class Intake:
                 if not lost:
                     raise
         self._paused.discard(partition)
+        self.out_of_range.discard(partition)
         self.at_end.pop(partition, None)
         self._drop(partition)
 
@@ -155,8 +166,6 @@ class Intake:
         where = self.topic if message is None else f"{self.topic}/{message.partition()}"
         if says_fenced(error):
             raise Fenced(f"another worker uses this instance id ({error.str()}): give each its own --instance-id")
-        if code in _OUT_OF_RANGE:
-            raise DataLoss(f"{where}: the next offset is no longer on the broker ({error.str()})")
         if code in _GONE:
             raise Stopped(f"{where} is gone ({error.str()}): it was deleted or recreated; use another --stream")
         if error.fatal() or code in _FOR_GOOD:

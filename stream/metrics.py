@@ -112,6 +112,11 @@ class Metrics:
             [0.1, 0.5, 1, 5, 10, 30, 60, 300, 900],
         )  # fmt: skip
         self.restored_records = counter("restored_records", "Changelog records replayed while restoring.")
+        self.lost_records = counter(
+            "lost_records",
+            "Raw offsets that the broker had deleted before they were processed (--on-data-loss continue). Any: the raw "
+            "topic's retention is shorter than the lag.",
+        )
         self.received_bytes = counter(
             "received_bytes",
             "Bytes received from the brokers, refetched ones included. Over 1.1 × payload: pauses refetch.",

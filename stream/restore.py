@@ -36,6 +36,7 @@ class Restored:
     records: int  # changelog records replayed
     rebuilt: bool  # from nothing: no store, or one that could not be trusted
     seconds: float
+    lost: int = 0  # raw offsets that the broker had deleted before they were processed
 
 
 def restore(
@@ -47,12 +48,14 @@ def restore(
     number: int,
     folder: Path,
     *,
+    continue_after_loss: bool = False,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Restored | None:
     """Opens the store of partition `number` and replays the changelog from the store's position to its true end.
 
     The end is read *uncommitted*: a transaction whose markers are still on their way, or that a dead worker left open, is
-    waited for. Returns None if cancelled. Raises TldrError (other settings, a reset group offset), DataLoss (input that
+    waited for. Input that is gone is an error, or with `continue_after_loss` counted as lost and passed over.
+    Returns None if cancelled. Raises TldrError (other settings, a reset group offset), DataLoss (input that
     was not processed is gone), StateError.
     """
     began = time.monotonic()
@@ -74,8 +77,12 @@ def restore(
             store.close()
             return None
         partition = Partition(store, settings, number)
-        next_offset = _where_to_go_on(connection, raw_topic, group, number, committed, partition)
-        return Restored(partition, next_offset, replayed, rebuilt, time.monotonic() - began)
+        next_offset = _where_to_go_on(connection, raw_topic, group, number, committed, partition, continue_after_loss)
+        lost = 0
+        if partition.next_offset is not None and next_offset > partition.next_offset:
+            lost = next_offset - partition.next_offset
+            partition.skip(next_offset)
+        return Restored(partition, next_offset, replayed, rebuilt, time.monotonic() - began, lost)
     except BaseException:
         store.close()
         raise
@@ -129,7 +136,13 @@ def _open(
 
 
 def _where_to_go_on(
-    connection: Connection, raw_topic: str, group: str, number: int, committed: int | None, partition: Partition
+    connection: Connection,
+    raw_topic: str,
+    group: str,
+    number: int,
+    committed: int | None,
+    partition: Partition,
+    continue_after_loss: bool,
 ) -> int:
     """The next input offset. The changelog is the truth; the group's offset must agree with it or be absent."""
     first = start_offsets(connection, raw_topic, [number])[number]
@@ -145,10 +158,16 @@ def _where_to_go_on(
     if known is None:
         return first
     if known < first:
-        raise DataLoss(
+        lost = (
             f"{raw_topic}/{number}: the stream goes on at offset {known}, but the broker has nothing before {first} "
             f"(retention): {first - known} offsets are lost"
         )
+        if not continue_after_loss:
+            raise DataLoss(
+                f"{lost}. Lengthen the topic's retention, and go on without them with --on-data-loss continue"
+            )
+        log.error("%s; going on without them (--on-data-loss continue)", lost)
+        return first
     if known > end:
         raise DataLoss(
             f"{raw_topic}/{number}: the stream goes on at offset {known}, but the topic ends at {end}: it was truncated "

@@ -270,6 +270,10 @@ class StatusReader:
             part = view.partitions[p]
             if part.position is not None and start > part.cut:
                 notes.append(f"partition {p}: offsets {part.cut} to {start - 1} have expired before they were read")
+            if part.totals.lost:
+                notes.append(
+                    f"partition {p}: {part.totals.lost:,} offsets expired before they were read, and were passed over"
+                )
         return notes
 
 

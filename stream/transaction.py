@@ -23,9 +23,6 @@ from stream.topics import CODES_RECORD_BYTES, StreamTopics
 
 log = logging.getLogger(__name__)
 
-# Bounded by transaction.timeout.ms on the broker's side; on ours each attempt of a call ends after this long and is repeated.
-ATTEMPT_TIMEOUT_S = 5.0
-
 
 class Aborted(Exception):
     """The transaction was aborted: nothing of it is visible. The caller goes back to the last committed offsets."""
@@ -37,7 +34,11 @@ class ProducerLost(Exception):
 
 
 class Outlet(NamedTuple):
-    """Where effects go: the transactional producer, the stream's topics, and who is writing."""
+    """Where effects go: the transactional producer, the stream's topics, and who is writing.
+
+    attempt_timeout_s  one attempt of a call ends after this long, and is repeated where its outcome is unknown. All of them
+                       are bounded by transaction.timeout.ms on the broker's side, into which it should fit twice.
+    """
 
     producer: Producer
     consumer: Consumer
@@ -46,6 +47,7 @@ class Outlet(NamedTuple):
     codes_codec: Codec
     instance: str
     partition_count: int
+    attempt_timeout_s: float = 5.0
     wall_clock: Callable[[], float] = time.time
 
 
@@ -59,7 +61,7 @@ def commit(effects: Effects, partitions: Mapping[int, Partition], outlet: Outlet
     Raises Aborted (nothing happened; go back and do it again), Fenced (another worker owns what this one wrote to; touch
     nothing more), ProducerLost (ask the changelog what happened) or Stopped (the same would happen again).
     """
-    producer = outlet.producer
+    producer, attempt_s = outlet.producer, outlet.attempt_timeout_s
     touched = sorted(effects.codes.keys() | {letter.message.partition() for letter in effects.dead})
     # To stand further back than the end is harmless: a restore applies the same records again.
     ends = {p: partitions[p].store.changelog_position or 0 for p in touched}
@@ -69,16 +71,16 @@ def commit(effects: Effects, partitions: Mapping[int, Partition], outlet: Outlet
             _produce(producer, send)
         # Everything lies at the brokers before the offsets are pending: a successor that finds no pending offsets of this
         # group can rely on the changelog's end (restore.py asks in this order).
-        while producer.flush(ATTEMPT_TIMEOUT_S):
+        while producer.flush(attempt_s):
             log.warning("%d records of the transaction are not at the brokers yet", len(producer))
         offsets = [TopicPartition(outlet.raw_topic, p, partitions[p].next_offset) for p in touched]
         # Once only: repeated after a time-out it may hang for ever (librdkafka 2.16, a broker killed in between). To abort is
         # safe as long as nobody was asked to commit.
         metadata = outlet.consumer.consumer_group_metadata()
-        producer.send_offsets_to_transaction(offsets, metadata, ATTEMPT_TIMEOUT_S)  # 3
-        _until_done(lambda: producer.commit_transaction(ATTEMPT_TIMEOUT_S), "committing")  # 4
+        producer.send_offsets_to_transaction(offsets, metadata, attempt_s)  # 3
+        _until_done(lambda: producer.commit_transaction(attempt_s), "committing")  # 4
     except (KafkaException, KafkaError, SystemError) as error:
-        _abort(producer, error, partitions.values())
+        _abort(producer, error, partitions.values(), attempt_s)
     for p in touched:  # 5
         partitions[p].commit(ends[p])
 
@@ -134,7 +136,7 @@ def _until_done(call: Callable[[], None], what: str) -> None:
             log.warning("%s goes on for %.0f s: %s", what, time.monotonic() - began, reason.str())
 
 
-def _abort(producer: Producer, error: BaseException, partitions: Iterable[Partition]) -> NoReturn:
+def _abort(producer: Producer, error: BaseException, partitions: Iterable[Partition], attempt_s: float) -> NoReturn:
     """Ends a failed transaction as the error's course says."""
     reason = kafka_error_of(error)
     course = course_of(reason)
@@ -146,7 +148,7 @@ def _abort(producer: Producer, error: BaseException, partitions: Iterable[Partit
         raise ProducerLost(reason.str()) from error
     try:
         if not reason.fatal():
-            _until_done(lambda: producer.abort_transaction(ATTEMPT_TIMEOUT_S), "aborting")
+            _until_done(lambda: producer.abort_transaction(attempt_s), "aborting")
     except (KafkaException, KafkaError, SystemError) as second:
         refused = kafka_error_of(second)
         if course_of(refused) is Course.FENCED:

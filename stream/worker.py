@@ -39,7 +39,7 @@ POLL_WAIT_S = 0.2
 PENDING_WAIT_S = 0.05
 # Effects are committed early when they weigh this much: they wait in memory until then.
 EFFECT_BYTES_MAX = 32 * 1024 * 1024
-# A partition that is taken away waits this long for the batch in the model; then the batch is given up. Far below
+# A partition that is taken away waits this long for the batch in the model; then the batch is given up. Below
 # max.poll.interval.ms, which bounds how long the group waits for us.
 REVOKE_BUDGET_S = 20.0
 # /healthz: a loop that has not turned for this long is stuck.
@@ -55,11 +55,16 @@ ABORTS_MAX = 10
 
 @dataclass(frozen=True)
 class Pace:
-    """How a worker shares its time. commit_interval_s  between commits; batch_pairs  raw records in one batch."""
+    """How a worker shares its time.
+
+    commit_interval_s  between commits; batch_pairs  raw records in one batch; revoke_budget_s  for a batch in the model when
+    its partition is taken away
+    """
 
     commit_interval_s: float
     batch_pairs: int
     stop_at_end: bool = False
+    revoke_budget_s: float = REVOKE_BUDGET_S
 
 
 class Worker:
@@ -143,6 +148,10 @@ class Worker:
         self.intake.poll(self._poll_wait_s())
         if self._trouble is not None:
             raise self._trouble
+        if self.intake.out_of_range:
+            # What there is of it is settled; the restore then finds the gap, and says so or passes over it.
+            self._settle()
+            self.assignment.restore_again(self.intake.out_of_range)
         self.assignment.start_restored()
         if self._pending is not None:
             wait([self._pending], PENDING_WAIT_S)
@@ -224,7 +233,7 @@ class Worker:
             self.metrics.transactions.labels("aborted").inc()
             log.warning("the producer is lost (%s): making a new one and restoring", error)
             self.outlet = self.outlet._replace(producer=self._new_producer())
-            self.assignment.restore_again()
+            self.assignment.restore_again(self.assignment.running)
             return
         self._aborted_in_a_row = 0
         took = self._clock() - began
@@ -278,7 +287,7 @@ class Worker:
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         try:
-            self._settle(REVOKE_BUDGET_S)
+            self._settle(self.pace.revoke_budget_s)
             self.assignment.revoked([tp.partition for tp in partitions])
         except BaseException as error:
             self._trouble = error
@@ -301,6 +310,7 @@ class Worker:
         self._remember_committed()
         self.metrics.restore_seconds.observe(restored.seconds)
         self.metrics.restored_records.inc(restored.records)
+        self.metrics.lost_records.inc(restored.lost)
 
     # -- watching ------------------------------------------------------------------------------------------------------
 

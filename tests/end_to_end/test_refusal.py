@@ -197,26 +197,6 @@ def _forget_group(kafka: Connection, group: str) -> None:
     until(done, "the group is deleted")
 
 
-def test_retention_that_deleted_unprocessed_input_is_a_loss_that_is_told(
-    kafka: Connection, name: str, tmp_path: Path
-) -> None:
-    # given: a stream that goes on at offset 50, and a topic that begins at 80
-    create_topic(kafka, name, partitions=1)
-    send(kafka, name, pairs(50), partitions=1)
-    arguments = [*null_worker(kafka, name, tmp_path / "state"), "--stop-at-end"]
-    with worker(arguments, tmp_path / "log") as first:
-        first.finish()
-    send(kafka, name, pairs(50, prefix="more"), partitions=1)
-    for done in kafka.admin.delete_records([TopicPartition(name, 0, 80)]).values():
-        done.result()
-
-    # when
-    message = refused(*run_command(*arguments), expected=8)
-
-    # then
-    assert "goes on at offset 50" in message and "nothing before 80" in message and "30 offsets are lost" in message
-
-
 def test_a_bundle_with_one_flipped_bit(kafka: Connection, name: str, tmp_path: Path) -> None:
     # given
     create_topic(kafka, name)
@@ -261,7 +241,12 @@ def test_no_bundle_anywhere(kafka: Connection, name: str, tmp_path: Path) -> Non
         (["--gate", "high"], "`off`, `bundle`"),
         (["--gate", "nan"], "`off`, `bundle`"),
         (["--stream", " "], "--stream"),
-        (["--session-timeout-s", "3600"], "at most 300"),
+        (["--session-timeout-s", "3600"], "above the poll interval of 300 s"),
+        (["--session-timeout-s", "30", "--kafka", "max.poll.interval.ms=10000"], "above the poll interval of 10 s"),
+        (["--kafka", "max.poll.interval.ms=ten"], "whole number of milliseconds"),
+        (["--kafka", "session.timeout.ms=9000"], "use --session-timeout-s"),
+        (["--kafka", "transaction.timeout.ms=9000"], "use --transaction-timeout-s"),
+        (["--on-data-loss", "ignore"], "`stop` or `continue`"),
         (["--raw-format", "xml"], "tldr, json, avro, confluent"),
         (["--raw-format", "confluent"], "--schema-registry"),
         (["--field", "id=url"], "--field"),

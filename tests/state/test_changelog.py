@@ -56,7 +56,7 @@ def test_a_cell_is_read_as_written(counted: int, entered: int, evicted: int, siz
 
 
 def test_positions_switches_takedowns_and_settings_are_read_as_written() -> None:
-    position = Position(2**40, 3, 1_700_000_000_000, "worker-ü", Totals(*range(11)))
+    position = Position(2**40, 3, 1_700_000_000_000, "worker-ü", Totals(*range(12)))
     switch = Switch(3, "bundle", "space", 2**40)
 
     assert changelog.decode_position(changelog.encode_position(position)) == position

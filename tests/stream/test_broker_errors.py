@@ -112,7 +112,7 @@ class Worker:
         self.producer = self.new_producer()
 
     def new_producer(self) -> Producer:
-        return _producer(self.connection, "s-one", 1_000_000, lambda error: None)
+        return _producer(self.connection, "s-one", 1_000_000, 10.0, lambda error: None)
 
     def commit(self) -> None:
         """A batch of three pairs, two of them the same, as one transaction."""

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 
-from stream.errors import DataLoss
 from stream.intake import FETCH_MESSAGES, FULL_POLL_EVERY_S, Intake
 from stream.kafka import Connection, create_missing
 from tests.end_to_end.worker_process import until
@@ -132,7 +131,7 @@ def test_going_back_gives_the_same_records_again(topic: tuple[Connection, str], 
     assert numbers(intake.take(RECORDS), 0) == list(range(40, RECORDS))
 
 
-def test_an_offset_that_retention_took_is_a_loss_and_no_jump(topic: tuple[Connection, str], consumer: Consumer) -> None:
+def test_an_offset_that_retention_took_is_told_and_no_jump(topic: tuple[Connection, str], consumer: Consumer) -> None:
     # given
     kafka, raw = topic
     name = f"{raw}-short"
@@ -146,7 +145,9 @@ def test_an_offset_that_retention_took_is_a_loss_and_no_jump(topic: tuple[Connec
     intake = Intake(consumer, name, bytes_max=1 << 20)
     intake.start(0, 5)
 
-    # when, then
-    with pytest.raises(DataLoss, match=f"{name}/0: the next offset is no longer on the broker"):
-        until(lambda: bool(intake.poll(0.1)), "it is refused")  # type: ignore[func-returns-value]
+    # when
+    until(lambda: intake.poll(0.1) or bool(intake.out_of_range), "it is told")  # type: ignore[func-returns-value]
+
+    # then
+    assert intake.out_of_range == {0}
     assert len(intake) == 0
