@@ -6,6 +6,7 @@ Everything that a user can get wrong is found here, before the first poll.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
 import math
 import os
@@ -342,6 +343,7 @@ def _run(
         metrics, options.metrics_host, options.metrics_port, lambda: worker.healthy, lambda: worker.ready
     )
     log.info("worker %s of stream %s: metrics on port %d, state in %s", instance, group, server.port, directory.path)
+    faulthandler.register(signal.SIGUSR1)  # a worker that hangs tells where: docs/reference.md
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())
     try:

@@ -76,6 +76,8 @@ class WorkerProcess:
         try:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGUSR1)  # it writes every thread's stack into its log
+            time.sleep(0.5)
             raise AssertionError(f"the worker did not end within {timeout_s:.0f} s:\n{self.log}") from None
 
     def finish(self) -> None:

@@ -27,6 +27,7 @@ from stream.reduce import Effects, Reduction, reduce_batch
 from stream.stream_view import StreamSource
 from stream.topics import StreamTopics
 from stream.transaction import Outlet, commit
+from tests.end_to_end.worker_process import until
 
 # librdkafka would write to standard error when the test's broker has gone before its clients.
 _quiet = logging.getLogger("stream.librdkafka")
@@ -151,7 +152,20 @@ class StreamWriter:
             effects = Effects()
             reduce_batch(messages[start : start + self.batch], self.live, self._using, effects)
             commit(effects, self.live, outlet)
+        self._wait_for_markers()
         return self
+
+    def _wait_for_markers(self) -> None:
+        """The broker writes them behind the caller's back, and a committed reader that comes sooner sees less."""
+        numbers = range(self.partitions)
+        for topic in (self.topics.changelog, self.topics.kept, self.topics.codes, self.topics.dead):
+            until(
+                lambda topic=topic: (
+                    end_offsets(self.kafka, topic, numbers)  # type: ignore[misc]
+                    == end_offsets(self.kafka, topic, numbers, committed=False)
+                ),
+                f"{topic} is committed to its end",
+            )
 
     def plant(self, topic: str, pair_id: str, value: bytes | None, **headers: str) -> None:
         """A record that no worker wrote, in an output topic."""
