@@ -1,0 +1,281 @@
+"""How fast the engine is, with the null model: against Quix Streams, against a plain loop, and as its stores grow.
+
+    python benchmarks/engine.py [--small] [--quix PYTHON] [--only PART …] [--rounds 3]
+
+Every contender reads the same topic of four partitions from its first record to its last committed one, in turn, three times.
+What it emits is held against the batch reference. Results go to benchmarks/results.jsonl after each unit (at most a few
+minutes), and a run that was cut off goes on there; the table in benchmarks/RESULTS.md is made of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException
+
+from models.null import NullModel
+from stream.batch_tldr import Row, reduce_partition
+from stream.broker import local_broker
+from stream.kafka import Connection, create_missing, end_offsets, read_partition
+from stream.murmur2 import partitions_of
+from stream.records import Codec
+
+HERE = Path(__file__).resolve().parent
+BUILD = HERE.parent / ".build"
+RESULTS, TABLE = HERE / "results.jsonl", HERE / "RESULTS.md"
+QUIX_PYTHON = BUILD / "quix-venv" / "bin" / "python"
+
+PARTITIONS = 4
+SEED = 7
+DUPLICATES = 0.02  # of the records: an id that came before, in the same partition
+IMAGE_BYTES = {"400 B": 250, "30 KB": 29_850}  # with id, caption and framing the record has the size of its name
+RECORDS = {"400 B": 600_000, "30 KB": 60_000}
+RECORDS_SMALL = {"400 B": 100_000, "30 KB": 20_000}
+# What is slow gets a part of the topic's records only: its rate does not depend on how many there are.
+LOOK_EVERY_S = 0.05
+# A group whose committed offsets have not moved for so long, at the end of everything, is done.
+SETTLED_AFTER_S = 3.0
+UNIT_TIMEOUT_S = 600.0
+CONTENDERS = ("ours", "quix, documented", "quix, by hand", "plain loop")
+
+
+@dataclass
+class Input:
+    """A raw topic, and the ids that the batch reference keeps of it."""
+
+    topic: str
+    records: int
+    kept: set[str]
+    ends: dict[int, int]
+
+
+@dataclass
+class Run:
+    """What one contender did: records a second from the first to the last committed, and its CPU seconds."""
+
+    records: int
+    seconds: float
+    cpu_s: float
+    emitted: int
+    right: bool | None  # None: it decides nothing
+    told: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rate(self) -> float:
+        return self.records / self.seconds
+
+
+def fill(kafka: Connection, topic: str, records: int, image_bytes: int) -> Input:
+    """Produces the records; cluster as the null model would assign it, for those who have no model."""
+    create_missing(kafka, {topic: {"max.message.bytes": "1048588"}}, PARTITIONS)
+    dice = random.Random(SEED)
+    noise = dice.randbytes(8 << 20)
+    model, codec = NullModel(), Codec("RawPair")
+    producer = kafka.producer(linger_ms=20, batch_size=1 << 20, queue_buffering_max_kbytes=1 << 18)
+    rows: list[list[Row]] = [[] for _ in range(PARTITIONS)]
+    pictures: list[list[tuple[str, bytes, int]]] = [[] for _ in range(PARTITIONS)]
+    for start in range(0, records, 5000):
+        count = min(5000, records - start)
+        ids = [f"https://example.org/{start + n:09d}.jpg" for n in range(count)]
+        images = []
+        for n in range(count):
+            at = dice.randrange(len(noise) - image_bytes)
+            images.append((start + n).to_bytes(8, "big") + noise[at : at + image_bytes - 8])
+        clusters = model.assign(model.encode([model.decode(image) for image in images])).tolist()
+        homes = partitions_of([pair_id.encode() for pair_id in ids], PARTITIONS).tolist()
+        for pair in zip(ids, images, clusters, homes, strict=True):
+            pair_id, image, cluster, home = pair
+            if rows[home] and dice.random() < DUPLICATES:
+                pair_id, image, cluster = pictures[home][dice.randrange(len(pictures[home]))]
+            elif len(pictures[home]) < 500:
+                pictures[home].append((pair_id, image, cluster))
+            value = codec.encode(
+                {"id": pair_id, "caption": "a picture of something that was found somewhere", "image": image,
+                 "image_uri": None, "fields": {"cluster": str(cluster)}}
+            )  # fmt: skip
+            rows[home].append(Row(len(rows[home]), pair_id, cluster))
+            while True:
+                try:
+                    producer.produce(topic, value, pair_id.encode(), home)
+                    break
+                except BufferError:
+                    producer.poll(0.1)
+        producer.poll(0)
+    producer.flush()
+    kept: set[str] = set()
+    for number, its in enumerate(rows):
+        kept |= reduce_partition(its, seed=SEED, partition=number, p=1, q=4)[0].keys()
+    return Input(topic, records, kept, {number: len(its) for number, its in enumerate(rows)})
+
+
+def command_of(contender: str, kafka: Connection, data: Input, group: str, folder: Path, quix: Path) -> list[str]:
+    bootstrap, kept = kafka.bootstrap_servers, f"{group}.kept-pairs"
+    if contender == "ours":
+        return [sys.executable, str(HERE / "our_worker.py"), "consume", "--topic", data.topic, "--stream", group,
+                "--model", "null", "--seed", str(SEED), "--ratio", "1/4", "--state-dir", str(folder / "state"),
+                "--metrics-port", "0", "--bootstrap-servers", bootstrap]  # fmt: skip
+    if contender == "plain loop":
+        return [sys.executable, str(HERE / "plain_loop.py"), bootstrap, data.topic, group, kept]
+    way = contender.removeprefix("quix, ").replace(" ", "_")
+    return [str(quix), str(HERE / "quix_worker.py"), way, bootstrap, data.topic, group, kept, str(folder), str(SEED)]
+
+
+def measure(contender: str, kafka: Connection, data: Input, quix: Path, folder: Path) -> Run:
+    """One contender from the first record that it reads to its last commit."""
+    group = f"{contender.replace(', ', '-').replace(' ', '-')}-{time.time_ns() // 1_000_000}"
+    if contender != "ours":
+        create_missing(kafka, {f"{group}.kept-pairs": {"max.message.bytes": "2097152"}}, PARTITIONS)
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    if contender.startswith("quix"):
+        environment.pop("PYTHONPATH")
+    with tempfile.TemporaryDirectory(dir=folder) as state, (folder / f"{group}.log").open("w+") as log:
+        command = command_of(contender, kafka, data, group, Path(state), quix)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=HERE.parent)
+        try:
+            ended = last_commit(kafka, group, data, process)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                _, _, used = os.wait4(process.pid, 0)
+            except ChildProcessError:
+                used = None
+        log.seek(0)
+        text = log.read()
+    told = {line.split(" ", 1)[0]: line.split(" ", 1)[1] for line in text.splitlines() if line.startswith(("first ", "seconds "))}
+    if "first" not in told:
+        raise SystemExit(f"{contender} read nothing:\n{text[-3000:]}")
+    emitted = kept_ids(kafka, f"{group}.kept-pairs")
+    right = None if contender == "plain loop" else len(emitted) == len(data.kept) and set(emitted) == data.kept
+    cpu = used.ru_utime + used.ru_stime if used else float("nan")
+    delete_topics(kafka, keep={data.topic})
+    return Run(data.records, ended - float(told["first"]), cpu, len(emitted), right, json.loads(told.get("seconds", "{}")))
+
+
+def last_commit(kafka: Connection, group: str, data: Input, process: subprocess.Popen[bytes]) -> float:
+    """When the group's committed offsets moved for the last time, the whole raw topic committed."""
+    began = time.monotonic()
+    before: dict[Any, int] = {}
+    moved = time.time()
+    while True:
+        time.sleep(LOOK_EVERY_S)
+        now = committed_offsets(kafka, group)
+        if now != before:
+            before, moved = now, time.time()
+        done = all(now.get((data.topic, p), 0) >= end for p, end in data.ends.items() if end)
+        if done and time.time() - moved > SETTLED_AFTER_S:
+            return moved
+        if process.poll() is not None or time.monotonic() - began > UNIT_TIMEOUT_S:
+            raise SystemExit(f"{group} did not get through: {now}")
+
+
+def committed_offsets(kafka: Connection, group: str) -> dict[tuple[str, int], int]:
+    try:
+        found = kafka.admin.list_consumer_group_offsets([ConsumerGroupTopicPartitions(group)])[group].result()
+    except KafkaException:
+        return {}
+    return {(tp.topic, tp.partition): tp.offset for tp in found.topic_partitions or [] if tp.offset >= 0}
+
+
+def kept_ids(kafka: Connection, topic: str) -> list[str]:
+    ends = end_offsets(kafka, topic, range(PARTITIONS))
+    return [
+        message.key().decode()
+        for p, end in ends.items()
+        for batch in read_partition(kafka, topic, p, 0, end, timeout_s=30.0)
+        for message in batch
+        if message.value() is not None
+    ]
+
+
+def delete_topics(kafka: Connection, keep: set[str]) -> None:
+    topics = [t for t in kafka.admin.list_topics(timeout=10).topics if t not in keep and not t.startswith("__")]
+    for done in kafka.admin.delete_topics(topics).values() if topics else ():
+        done.result()
+
+
+@contextmanager
+def broker_folder() -> Iterator[Path]:
+    BUILD.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=BUILD, prefix="bench-") as folder:
+        yield Path(folder)
+
+
+# -- units, results, table ---------------------------------------------------------------------------------------------
+
+
+class Results:
+    """One line of JSON a unit; a unit that is there is not measured again."""
+
+    def __init__(self, file: Path, fresh: bool) -> None:
+        self.file = file
+        if fresh:
+            file.unlink(missing_ok=True)
+        self.units: dict[str, dict[str, Any]] = {}
+        if file.exists():
+            for line in file.read_text().splitlines():
+                unit = json.loads(line)
+                self.units[unit["unit"]] = unit
+
+    def __contains__(self, unit: str) -> bool:
+        return unit in self.units
+
+    def add(self, unit: str, **values: Any) -> None:
+        self.units[unit] = {"unit": unit, "at": datetime.now(UTC).isoformat(timespec="seconds"), **values}
+        with self.file.open("a") as file:
+            file.write(json.dumps(self.units[unit]) + "\n")
+        print(json.dumps(self.units[unit]), flush=True)
+
+
+def against_others(results: Results, contenders: Sequence[str], counts: dict[str, int], rounds: int, quix: Path) -> None:
+    for size, count in counts.items():
+        wanted = [(c, n) for n in range(rounds) for c in contenders if f"{size}/{c}/{n}" not in results]
+        if not wanted:
+            continue
+        with broker_folder() as folder, local_broker(folder / "kafka") as broker:
+            kafka = Connection(broker.bootstrap_servers)
+            data = fill(kafka, "raw-pairs", count, IMAGE_BYTES[size])
+            for contender, n in wanted:
+                run = measure(contender, kafka, data, quix, folder)
+                if run.right is False:
+                    raise SystemExit(f"{contender} kept other pairs than the batch reference: {run.emitted} of {len(data.kept)}")
+                results.add(
+                    f"{size}/{contender}/{n}", records=run.records, seconds=round(run.seconds, 3), rate=round(run.rate),
+                    cpu_s=round(run.cpu_s, 2), right=run.right, emitted=run.emitted, load=os.getloadavg()[0], told=run.told,
+                )  # fmt: skip
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--small", action="store_true", help="fewer records")
+    options.add_argument("--fresh", action="store_true", help="forget earlier results")
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--size", choices=list(RECORDS), action="append")
+    options.add_argument("--contender", choices=CONTENDERS, action="append")
+    options.add_argument("--quix", type=Path, default=QUIX_PYTHON, help="the Python that has quixstreams")
+    options.add_argument("--results", type=Path, default=RESULTS)
+    given = options.parse_args()
+    counts = RECORDS_SMALL if given.small else RECORDS
+    counts = {size: count for size, count in counts.items() if not given.size or size in given.size}
+    results = Results(given.results, given.fresh)
+    against_others(results, given.contender or CONTENDERS, counts, given.rounds, given.quix)
+
+
+if __name__ == "__main__":
+    main()
