@@ -16,6 +16,10 @@ from models.model import Pixels, Vectors
 
 SIDE = 4  # 4 × 4 × 3 = 48 bytes: the "pixels" are the digest
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+# A digest of every byte of a picture would be most of the work at 30 KB; its ends and its size tell pictures apart.
+END_BYTES = 256
+# A row's hash looks at its first codes only: 3000^8 of them are enough.
+HASHED_CODES = 8
 
 
 class NullModel:
@@ -29,26 +33,35 @@ class NullModel:
         self.clusters = clusters
         self.gate = gate
         self.batch = batch
-        self.space = hashlib.sha256(f"null/{tokens}/{codebook_size}/{gate}".encode()).hexdigest()
+        self.space = hashlib.sha256(f"null/2/{tokens}/{codebook_size}/{gate}".encode()).hexdigest()
         self.version = hashlib.sha256(f"{self.space}/{clusters}".encode()).hexdigest()[:16]
         self.fingerprint = {"device": "none", "batch": str(batch)}
         self.made_with = self.fingerprint
 
     def decode(self, image: bytes) -> Pixels:
-        """The digest of the bytes. Raises BadImage for none, and for those that start with b"BAD"."""
+        """The digest of its ends and its size. Raises BadImage for none, and for those that start with b"BAD"."""
         if not image or image.startswith(b"BAD"):
             raise BadImage("not-an-image", f"{len(image)} bytes that are empty or planted as bad")
-        return np.frombuffer(hashlib.blake2b(image, digest_size=SIDE * SIDE * 3).digest(), np.uint8).reshape(
-            SIDE, SIDE, 3
-        )
+        if len(image) > 2 * END_BYTES:
+            image = b"%b%b%d" % (image[:END_BYTES], image[-END_BYTES:], len(image))
+        digest = hashlib.blake2b(image, digest_size=SIDE * SIDE * 3).digest()
+        return np.frombuffer(digest, np.uint8).reshape(SIDE, SIDE, 3)
 
     def encode(self, pixels: Sequence[Pixels]) -> Vectors:
         """(n, L) uniform indices, each a hash of the digest and of its place."""
         if not len(pixels):
             return np.empty((0, self.tokens), np.uint16)
-        seeds = np.ascontiguousarray(np.stack(pixels).reshape(len(pixels), -1)[:, :8]).view(np.uint64)
-        places = np.arange(1, self.tokens + 1, dtype=np.uint64) * GOLDEN
-        return (_mixed(seeds + places) % np.uint64(self.codebook_size)).astype(np.uint16)
+        digests = np.concatenate(pixels).reshape(len(pixels), -1)
+        # An odd seed times an odd constant of the place, in 32 bits: eight lanes a step where 64 bits and a division have one.
+        seeds = np.ascontiguousarray(digests[:, :4]).view(np.uint32) | np.uint32(1)
+        places = _mixed(np.arange(1, self.tokens + 1, dtype=np.uint64) * GOLDEN).astype(np.uint32) | np.uint32(1)
+        mixed = seeds * places
+        mixed ^= mixed >> np.uint32(15)
+        mixed *= np.uint32(0x2C1B3C6D)
+        mixed >>= np.uint32(16)
+        mixed *= np.uint32(self.codebook_size)
+        mixed >>= np.uint32(16)
+        return mixed.astype(np.uint16)
 
     def assign(self, vectors: Vectors) -> NDArray[np.int32]:
         """(n,) a hash of each row."""
@@ -65,8 +78,9 @@ class NullModel:
         return [f"codes {' '.join(map(str, row))}" for row in vectors[:, :4].tolist()]
 
     def _row_hashes(self, vectors: Vectors) -> NDArray[np.uint64]:
-        weights = _mixed(np.arange(1, vectors.shape[1] + 1, dtype=np.uint64) * GOLDEN)
-        return _mixed((vectors * weights).sum(1, dtype=np.uint64))
+        codes = vectors[:, :HASHED_CODES].astype(np.uint64)
+        weights = _mixed(np.arange(1, codes.shape[1] + 1, dtype=np.uint64) * GOLDEN)
+        return _mixed((codes * weights).sum(1, dtype=np.uint64))
 
 
 def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
