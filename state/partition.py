@@ -7,7 +7,7 @@ the caller calls when Kafka has committed; `abort` forgets. It must never know a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from functools import partial
 from typing import NamedTuple, cast
@@ -157,6 +157,10 @@ class Partition:
 
     # -- one input offset each -----------------------------------------------------------------------------------------
 
+    def look_up(self, known_hashes: Sequence[int]) -> None:
+        """Ask the store about many ids at once: what `fate_if_seen` and `decide` then need of it is in memory."""
+        self._absent |= self.store.unknown(known_hashes)
+
     def fate_if_seen(self, known_hash: int, offset: int) -> Fate | None:
         """DUPLICATE or FORGOTTEN where no image is needed to decide on the id at this offset, else None.
 
@@ -167,9 +171,13 @@ class Partition:
         """
         if known_hash in self._forgotten:
             return FORGOTTEN
-        first = self._first_offset(known_hash)
+        first = self._counted.get(known_hash)
         if first is None:
-            return None
+            if known_hash in self._absent:
+                return None
+            first = self._first_offset(known_hash)
+            if first is None:
+                return None
         if first >= offset - self._window or (self._cap is None and self._in_reservoir(first)):
             return DUPLICATE
         return None

@@ -11,7 +11,7 @@ largest values are appended and not scattered), `known` (hash → input offset, 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -274,6 +274,10 @@ class PartitionStore:
         """The input offset at which the id was counted, if a K record or an entry still tells."""
         offset = self._known.lookup(self._read, known_hash.to_bytes(8, "big"))
         return None if offset is None else int.from_bytes(offset, "big")
+
+    def unknown(self, known_hashes: Sequence[int]) -> set[int]:
+        """Those of the ids of which a look at memory tells that `known_offset` would give None; perhaps not all."""
+        return set()
 
     def known_count(self) -> int:
         """How many ids are known."""

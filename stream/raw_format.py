@@ -1,6 +1,6 @@
 """A message of the raw topic → a pair, whatever wrote it: our own Avro records, or JSON and Avro of others.
 
-Must not know what becomes of a pair. Our own records are the hot path: a look at the header, fastavro, a tuple.
+Must not know what becomes of a pair. Our own records are the hot path: a look at the header, a reader written out, a tuple.
 A message that is no pair raises UndecodableRecord, whose reason the worker puts on the dead letter.
 """
 
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import fastavro
 import fastavro.schema
 
+from stream.avro_by_hand import RawValues, read_raw_pair
 from stream.errors import TldrError
 from stream.pair_sources import TARGETS, content_id, field_text
 from stream.records import (
@@ -139,27 +140,27 @@ class OwnReader:
     """RawPair records in either framing, written by this version, an older or a newer one."""
 
     def __init__(self, codec: Codec) -> None:
-        self._decode = codec.decode
-        self._schema = codec.schema
-        self._header = SINGLE_OBJECT_MARKER + fingerprint(codec.schema)
+        self._codec = codec
 
     def read(self, message_key: bytes | None, value: bytes) -> RawRecord:
-        record = self._own(value) if value[:HEADER_BYTES] == self._header else self._decode(value)
-        caption, image, image_uri = record["caption"], record["image"], record["image_uri"]
+        start = self._codec.start_of_own(value)
+        pair_id, caption, image, image_uri, fields = self._any(value) if start is None else self._own(value, start)
         if not caption or caption.isspace():
             raise UndecodableRecord("empty-caption", "the caption is empty")
         if not (image or image_uri):
             raise UndecodableRecord("no-image", "neither image bytes nor an image URI")
-        pair = (record["id"] or _id_of_key(message_key), caption, image or None, image_uri, record["fields"])
+        pair = (pair_id or _id_of_key(message_key), caption, image or None, image_uri, fields)
         return tuple.__new__(RawRecord, pair)  # RawRecord(*pair) without its Python frame
 
-    def _own(self, value: bytes) -> Any:
-        body = io.BytesIO(value)
-        body.seek(HEADER_BYTES)
+    def _own(self, value: bytes, start: int) -> RawValues:
         try:
-            return fastavro.schemaless_reader(body, self._schema, None)
-        except Exception:  # damaged: the codec says how
-            return self._decode(value)
+            return read_raw_pair(value, start)
+        except (ValueError, IndexError):  # damaged, or the encoder of another language: fastavro says which
+            return self._any(value)
+
+    def _any(self, value: bytes) -> RawValues:
+        record = self._codec.decode(value)
+        return record["id"], record["caption"], record["image"], record["image_uri"], record["fields"]
 
 
 def _id_of_key(message_key: bytes | None) -> str:

@@ -65,6 +65,8 @@ class Codec:
     schema_folders  more places to look for the schemas that other versions wrote with (*.avsc)
     registry        with one, records are framed in Confluent's wire format; without, in single-object encoding.
     Reading accepts both framings either way, so a stream can change from one to the other.
+
+    header  what stands before every record that this codec writes
     """
 
     def __init__(self, record: str, schema_folders: Iterable[Path] = (), registry: Registry | None = None) -> None:
@@ -78,15 +80,20 @@ class Codec:
                 self._written_with[fingerprint(other)] = other
         self._written_by_id: dict[int, Schema] = {}
         if registry is None:
-            self._header = SINGLE_OBJECT_MARKER + fingerprint(self.schema)
+            self.header = SINGLE_OBJECT_MARKER + fingerprint(self.schema)
         else:
             schema_json = json.loads((SCHEMA_FOLDER / f"{record}.avsc").read_text())
-            self._header = CONFLUENT_MAGIC + struct.pack(">I", registry.register(record, schema_json))
+            self.header = CONFLUENT_MAGIC + struct.pack(">I", registry.register(record, schema_json))
+
+    def start_of_own(self, data: bytes) -> int | None:
+        """Where the record begins in `data` if it was written with the schema that this codec writes; else None."""
+        size = len(self.header)
+        return size if data[:size] == self.header else None
 
     def encode(self, value: Mapping[str, Any]) -> bytes:
         """The record's bytes, framed."""
         out = io.BytesIO()
-        out.write(self._header)
+        out.write(self.header)
         fastavro.schemaless_writer(out, self.schema, value)
         return out.getvalue()
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -19,8 +20,9 @@ from numpy.typing import NDArray
 from models.errors import BadImage
 from models.model import PairModel, Pixels
 from models.refine import refine
-from state.partition import Decision, Fate, Partition
+from state.partition import DUPLICATE, FORGOTTEN, KEPT, Decision, Fate, Partition
 from state.priority import hash_id, id_key
+from stream.avro_by_hand import write_kept_pair
 from stream.dead_letters import DeadLetter
 from stream.raw_format import RawReader, RawRecord
 from stream.records import Codec, UndecodableRecord
@@ -34,6 +36,8 @@ NO_CLUSTER = -1
 CODES_ROW_BYTES = 60
 # Far above any URL, far below what a changelog record can hold.
 ID_BYTES_MAX = 8192
+# Greater than every offset.
+NEVER = 1 << 63
 
 
 class Effect(NamedTuple):
@@ -45,73 +49,74 @@ class Effect(NamedTuple):
     headers: list[tuple[str, bytes]]
 
 
+class CodesRow(NamedTuple):
+    """What became of one input offset. cluster -1: nobody looked at the image."""
+
+    id: str
+    offset: int
+    decision: Decision
+    cluster: int
+    itm: float
+
+
+_row = partial(tuple.__new__, CodesRow)  # CodesRow(*row) without its Python frame: one a record
+
+
 @dataclass
 class CodesColumns:
-    """The rows of one partition since the last commit, as columns (schemas/PairCodes.avsc)."""
+    """The rows of one partition since the last commit; columns are made of them (schemas/PairCodes.avsc) once a commit."""
 
-    ids: list[str] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    fates: list[int] = field(default_factory=list)
-    clusters: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    priorities: list[int] = field(default_factory=list)
-    itms: list[float] = field(default_factory=list)
-    vectors: list[bytes] = field(default_factory=list)
-    duplicate_of: list[int] = field(default_factory=list)
-    removed: list[tuple[str, int]] = field(default_factory=list)
+    rows: list[CodesRow] = field(default_factory=list)
+    vectors: list[bytes] = field(default_factory=list)  # of the rows with a cluster, in their order
 
-    def add(
-        self, pair_id: str, offset: int, decision: Decision, cluster: int, itm: float, vector: bytes | None
-    ) -> None:
-        fate, position, priority, duplicate_of, removed = decision
-        if removed:
-            self.removed += [(gone, len(self.ids)) for gone in removed]
-        self.ids.append(pair_id)
-        self.offsets.append(offset)
-        self.fates.append(fate)
-        self.clusters.append(cluster)
-        self.positions.append(position)
-        self.priorities.append(priority)
-        self.itms.append(itm)
-        if vector is not None:
-            self.vectors.append(vector)
-        if fate == Fate.DUPLICATE:
-            self.duplicate_of.append(duplicate_of)
+    @property
+    def offsets(self) -> list[int]:
+        return [row.offset for row in self.rows]
+
+    @property
+    def fates(self) -> list[Fate]:
+        return [row.decision.fate for row in self.rows]
+
+    @property
+    def removed(self) -> list[tuple[str, int]]:
+        """(id that left the reduced set, row that caused it)."""
+        return [(gone, at) for at, row in enumerate(self.rows) for gone in row.decision.removed]
 
     def records(self, partition: int, epoch: int, bundle: str, tokens: int, bytes_max: int) -> Iterable[dict[str, Any]]:
         """The columns as PairCodes records of about `bytes_max` bytes each at most (a single row may take more)."""
-        clusters = np.array(self.clusters, "<i4")
-        fates = np.array(self.fates, np.uint8)
+        if not self.rows:
+            return
+        ids, offsets, decisions, cluster_column, itms = zip(*self.rows, strict=True)
+        fate_column, positions, priorities, duplicate_of, removed_by_row = zip(*decisions, strict=True)
+        removed = [(gone, row) for row, its in enumerate(removed_by_row) if its for gone in its]
+        clusters = np.array(cluster_column, "<i4")
+        fates = np.array(fate_column, np.uint8)
         vectors_before = np.concatenate([[0], np.cumsum(clusters >= 0)])
-        duplicates_before = np.concatenate([[0], np.cumsum(fates == Fate.DUPLICATE)])
-        weights = np.array([4 * len(pair_id) for pair_id in self.ids]) + (clusters >= 0) * 2 * tokens + CODES_ROW_BYTES
-        for gone, row in self.removed:
+        weights = np.array([4 * len(pair_id) for pair_id in ids]) + (clusters >= 0) * 2 * tokens + CODES_ROW_BYTES
+        for gone, row in removed:
             weights[row] += 4 * len(gone) + 10
         # The number of whole records' worth of bytes before a row says which record it belongs to.
         part = (np.cumsum(weights) - weights) // bytes_max
         starts = np.flatnonzero(np.diff(part, prepend=-1)).tolist()
-        for start, end in pairwise([*starts, len(self.ids)]):
+        for start, end in pairwise([*starts, len(ids)]):
             rows = slice(start, end)
+            duplicates = np.array(duplicate_of[rows], "<i8")[fates[rows] == Fate.DUPLICATE]
             yield {
                 "partition": partition,
                 "epoch": epoch,
                 "bundle": bundle,
                 "tokens": tokens,
-                "ids": self.ids[rows],
-                "offsets": np.array(self.offsets[rows], "<i8").tobytes(),
+                "ids": ids[rows],
+                "offsets": np.array(offsets[rows], "<i8").tobytes(),
                 "fates": fates[rows].tobytes(),
                 "clusters": clusters[rows].tobytes(),
-                "positions": np.array(self.positions[rows], "<i8").tobytes(),
-                "priorities": np.array(self.priorities[rows], "<u8").tobytes(),
-                "itms": np.array(self.itms[rows], "<f4").tobytes(),
+                "positions": np.array(positions[rows], "<i8").tobytes(),
+                "priorities": np.array(priorities[rows], "<u8").tobytes(),
+                "itms": np.array(itms[rows], "<f4").tobytes(),
                 "vectors": b"".join(self.vectors[vectors_before[start] : vectors_before[end]]),
-                "duplicate_of": np.array(
-                    self.duplicate_of[duplicates_before[start] : duplicates_before[end]], "<i8"
-                ).tobytes(),
-                "removed": [
-                    {"id": gone, "row": row - start} for gone, row in self.removed if start <= row < end
-                ],
-            }  # fmt: skip
+                "duplicate_of": duplicates.tobytes(),
+                "removed": [{"id": gone, "row": row - start} for gone, row in removed if start <= row < end],
+            }
 
 
 @dataclass
@@ -163,11 +168,25 @@ class _Step(NamedTuple):
     """A raw record on its way: what it says, its id's hashes, or why it is dead. A takedown has neither."""
 
     message: Message
+    partition: int
+    offset: int
     raw: RawRecord | None
     hashes: tuple[int, int]
     trouble: BadImage | UndecodableRecord | None
 
 
+_step = partial(tuple.__new__, _Step)
+
+
+class _Told(NamedTuple):
+    """What the model said of a kept pair."""
+
+    cluster: int
+    itm: float
+    vector: bytes
+    generated: str
+    refined: str
+    itm_refined: float
 NO_HASHES = (0, 0)
 
 
@@ -200,6 +219,8 @@ def reduce_batch(
             raise Cancelled
 
     steps = _read(messages, partitions, using)
+    for number, partition in partitions.items():
+        partition.look_up([step.hashes[0] for step in steps if step.partition == number and step.raw is not None])
     # An id that is known already needs no image; the rest is decoded by all cores and encoded in fixed batches.
     wanted = [i for i, step in enumerate(steps) if step.raw is not None and _unseen(step, partitions)]
     lap("read")
@@ -217,41 +238,45 @@ def reduce_batch(
     lap("match")
 
     to_keep: list[tuple[int, int, Decision, int]] = []  # step, row, decision, place in out.kept
-    for i, step in enumerate(steps):
-        number, offset = step.message.partition(), step.message.offset()
-        partition = partitions[number]
-        codes = out.codes.setdefault(number, CodesColumns())
-        out.records += 1
+    codes_of = {number: out.codes.setdefault(number, CodesColumns()) for number in {step.partition for step in steps}}
+    out.records += len(steps)
+    row_bytes = vectors.shape[1] * 2
+    all_vectors = vectors.astype("<u2", copy=False).tobytes()
+    for i, (message, number, offset, raw, hashes, trouble) in enumerate(steps):
+        partition, codes = partitions[number], codes_of[number]
         row = row_of.get(i, -1)
-        trouble = step.trouble
-        if row < 0 and i in looked_at and _unseen(step, partitions):
-            found = looked_at[i]
-            trouble = found if isinstance(found, BadImage) else None
-        if trouble is not None:
-            partition.dead(offset)
-            out.dead.append(DeadLetter(step.message, trouble.reason, trouble.detail))
-            out.value_bytes += len(step.message.value() or b"")
-            continue
-        if step.raw is None:
-            pair_id = (step.message.key() or b"").decode("utf-8", "replace")
-            decision = partition.take_down(offset, pair_id)
-        elif row < 0:
-            pair_id = step.raw.id
-            decision = partition.duplicate(offset, pair_id, step.hashes)
+        if row >= 0 and raw is not None:
+            vector = all_vectors[row * row_bytes : (row + 1) * row_bytes]
+            decision = partition.decide(offset, raw.id, clusters[row], itms[row], vector, hashes)
+            pair_id = raw.id
         else:
-            pair_id = step.raw.id
-            vector = vectors[row].tobytes()
-            decision = partition.decide(offset, pair_id, clusters[row], itms[row], vector, step.hashes)
-        if decision.fate in _IMAGE_NOT_NEEDED:
-            codes.add(pair_id, offset, decision, NO_CLUSTER, np.nan, None)
+            if row < 0 and i in looked_at and _unseen(steps[i], partitions):
+                found = looked_at[i]
+                trouble = found if isinstance(found, BadImage) else None
+            if trouble is not None:
+                partition.dead(offset)
+                out.dead.append(DeadLetter(message, trouble.reason, trouble.detail))
+                out.value_bytes += len(message.value() or b"")
+                continue
+            if raw is None:
+                pair_id = (message.key() or b"").decode("utf-8", "replace")
+                decision = partition.take_down(offset, pair_id)
+            else:
+                pair_id = raw.id
+                decision = partition.duplicate(offset, pair_id, hashes)
+        fate = decision[0]
+        if fate is DUPLICATE or fate is FORGOTTEN:  # the image was not needed
+            codes.rows.append(_row((pair_id, offset, decision, NO_CLUSTER, np.nan)))
         else:
-            codes.add(pair_id, offset, decision, clusters[row], itms[row], vector)
-        if decision.fate == Fate.KEPT:
+            codes.rows.append(_row((pair_id, offset, decision, clusters[row], itms[row])))
+            codes.vectors.append(vector)
+        if fate is KEPT:
             # Its record needs the caption, which is generated for the whole batch below; the order is settled here.
             to_keep.append((i, row, decision, len(out.kept)))
             out.kept.append(Effect(number, b"", None, []))
-        for gone in decision.removed:
-            out.kept.append(Effect(number, gone.encode(), None, [("cause", b"%d" % offset)]))
+        if decision.removed:
+            for gone in decision.removed:
+                out.kept.append(Effect(number, gone.encode(), None, [("cause", b"%d" % offset)]))
     lap("decide")
 
     if to_keep:
@@ -262,47 +287,39 @@ def reduce_batch(
         ]
         refined_itms = using.model.match(vectors[rows], captions).tolist()
         for at, (i, row, decision, place) in enumerate(to_keep):
-            pair = _kept_pair(steps[i], seen[i].image, decision, clusters[row], itms[row], vectors[row])
-            pair |= {
-                "generated_caption": generated[at],
-                "refined_caption": captions[at],
-                "itm_refined": refined_itms[at],
-                "rate": using.rate,
-                "source_topic": using.topic,
-            }
-            out.kept[place] = _kept_effect(pair, steps[i].message, partitions, using)
-            out.value_bytes += len(seen[i].image)
+            image, vector = seen[i].image, all_vectors[row * row_bytes : (row + 1) * row_bytes]
+            told = _Told(clusters[row], itms[row], vector, generated[at], captions[at], refined_itms[at])
+            out.kept[place] = _kept_effect(steps[i], image, decision, told, partitions[steps[i].partition], using)
+            out.value_bytes += len(image)
         out.captions += len(rows)
         out.itm_refined += refined_itms
         lap("caption")
 
 
-_IMAGE_NOT_NEEDED = frozenset({Fate.DUPLICATE, Fate.FORGOTTEN})
-
-
 def _read(messages: Sequence[Message], partitions: dict[int, Partition], using: Reduction) -> list[_Step]:
-    key = id_key(using.seed)
-    steps = []
+    key, read, kept_bytes_max = id_key(using.seed), using.reader.read, using.kept_bytes_max
+    first_wanted = {number: partition.next_offset or 0 for number, partition in partitions.items()}
+    steps: list[_Step] = []
     for message in messages:
-        partition = partitions.get(message.partition())
-        if partition is None or message.offset() < (partition.next_offset or 0):
+        number, offset = message.partition(), message.offset()
+        if offset < first_wanted.get(number, NEVER):
             continue
         value = message.value()
         if value is None:
             nobody = None if message.key() else UndecodableRecord("no-id", "neither a key nor a value")
-            steps.append(_Step(message, None, NO_HASHES, nobody))
+            steps.append(_step((message, number, offset, None, NO_HASHES, nobody)))
             continue
         try:
-            raw = using.reader.read(message.key(), value)
-            _refuse_what_cannot_be_kept(raw, using.kept_bytes_max)
-            steps.append(_Step(message, raw, hash_id(key, raw.id), None))
+            raw = read(message.key(), value)
+            _refuse_what_cannot_be_kept(raw, kept_bytes_max)
+            steps.append(_step((message, number, offset, raw, hash_id(key, raw.id), None)))
         except UndecodableRecord as error:
-            steps.append(_Step(message, None, NO_HASHES, error))
+            steps.append(_step((message, number, offset, None, NO_HASHES, error)))
     return steps
 
 
 def _unseen(step: _Step, partitions: dict[int, Partition]) -> bool:
-    return partitions[step.message.partition()].fate_if_seen(step.hashes[0], step.message.offset()) is None
+    return partitions[step.partition].fate_if_seen(step.hashes[0], step.offset) is None
 
 
 def _raw(step: _Step) -> RawRecord:
@@ -313,13 +330,17 @@ def _raw(step: _Step) -> RawRecord:
 
 def _refuse_what_cannot_be_kept(raw: RawRecord, kept_bytes_max: int) -> None:
     """Raises UndecodableRecord for a pair whose kept form might not fit its topic: after counting it is too late."""
-    if len(raw.id.encode()) > ID_BYTES_MAX:
+    # A character has four bytes at most: lengths are at hand, encoding a text takes its time.
+    if 4 * len(raw.id) > ID_BYTES_MAX and len(raw.id.encode()) > ID_BYTES_MAX:
         raise UndecodableRecord(
             "id-too-long", f"an id of {len(raw.id.encode())} bytes; at most {ID_BYTES_MAX} are possible"
         )
-    fields = sum(len(key) + len(value) for key, value in raw.fields.items()) * 4
-    # T_o stands in it twice, as itself and inside T; up to four bytes a character.
-    weight = len(raw.image or b"") + 2 * len(raw.caption.encode()) + fields + KEPT_OVERHEAD_BYTES
+    weight = len(raw.image or b"") + KEPT_OVERHEAD_BYTES
+    for key, value in raw.fields.items():
+        weight += 4 * (len(key) + len(value))
+    if weight + 8 * len(raw.caption) <= kept_bytes_max:
+        return
+    weight += 2 * len(raw.caption.encode())  # T_o stands in it twice, as itself and inside T
     if weight > kept_bytes_max:
         raise UndecodableRecord(
             "too-large", f"its kept form may take {weight} bytes and the topic takes {kept_bytes_max}"
@@ -328,6 +349,8 @@ def _refuse_what_cannot_be_kept(raw: RawRecord, kept_bytes_max: int) -> None:
 
 def _look_at_all(wanted: list[int], steps: list[_Step], using: Reduction) -> dict[int, _Seen | BadImage]:
     """What the images of the steps `wanted` look like, in that order; each thread takes one share of them."""
+    if using.threads == 1:
+        return {i: _look_at(steps[i].raw, using) for i in wanted}
     shares = [wanted[first :: using.threads] for first in range(using.threads)]
     done = using.pool.map(lambda share: [(i, _look_at(steps[i].raw, using)) for i in share], shares)
     found = {i: seen for share in done for i, seen in share}
@@ -353,35 +376,21 @@ def _fetched(raw: RawRecord, using: Reduction) -> bytes:
     return image
 
 
-def _kept_pair(
-    step: _Step, image: bytes, decision: Decision, cluster: int, itm: float, vector: NDArray[np.uint16]
-) -> dict[str, Any]:
-    raw = _raw(step)
-    return {
-        "id": raw.id,
-        "image": image,
-        "caption": raw.caption,
-        "cluster": cluster,
-        "position": decision.position,
-        "index_vector": vector.astype("<u2", copy=False).tobytes(),
-        "priority": decision.priority.to_bytes(8, "little"),
-        "itm_original": itm,
-        "source_partition": step.message.partition(),
-        "source_offset": step.message.offset(),
-        "source_timestamp_ms": step.message.timestamp()[1],
-        "image_uri": raw.image_uri,
-        "fields": raw.fields,
-    }
-
-
-def _kept_effect(pair: dict[str, Any], message: Message, partitions: dict[int, Partition], using: Reduction) -> Effect:
-    partition = partitions[message.partition()]
-    pair |= {"epoch": partition.epoch, "bundle": partition.bundle}
+def _kept_effect(
+    step: _Step, image: bytes, decision: Decision, told: _Told, partition: Partition, using: Reduction
+) -> Effect:
+    raw, offset, priority = _raw(step), step.offset, decision.priority
+    cluster, itm, vector, generated, refined, itm_refined = told
+    value = using.kept_codec.header + write_kept_pair(
+        raw.id, image, raw.caption, generated, refined, partition.epoch, cluster, decision.position, vector,
+        partition.bundle or "", priority.to_bytes(8, "little"), using.rate, itm, itm_refined, using.topic, step.partition,
+        offset, step.message.timestamp()[1], raw.image_uri, raw.fields,
+    )  # fmt: skip
     headers = [
-        ("cause", b"%d" % message.offset()),
+        ("cause", b"%d" % offset),
         ("epoch", b"%d" % partition.epoch),
-        ("cluster", b"%d" % pair["cluster"]),
-        ("priority", b"%d" % int.from_bytes(pair["priority"], "little")),
+        ("cluster", b"%d" % cluster),
+        ("priority", b"%d" % priority),
         ("rate", using.rate.encode()),
     ]
-    return Effect(message.partition(), pair["id"].encode(), using.kept_codec.encode(pair), headers)
+    return Effect(step.partition, raw.id.encode(), value, headers)
