@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from typing import Any
 
-import stream.transaction
 from state.partition import Partition
 from state.partition_store import PartitionStore
 from stream.intake import Intake

@@ -27,4 +27,4 @@ def hash_id(key: hashlib.blake2b, pair_id: str) -> tuple[int, int]:
     """
     digest = key.copy()
     digest.update(pair_id.encode())
-    return _halves(digest.digest())  # type: ignore[return-value]
+    return _halves(digest.digest())

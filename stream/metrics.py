@@ -8,12 +8,15 @@ from __future__ import annotations
 import errno
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, make_wsgi_app
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, Metric, make_wsgi_app
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
 
 from stream.errors import TldrError
 
@@ -25,6 +28,27 @@ DEFAULT_PORTS = 256
 
 SCORE_BUCKETS = [i / 20 for i in range(21)]
 SECONDS_BUCKETS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30]
+
+
+class Scores(Collector):
+    """A histogram of scores in [0, 1] that takes a second's worth at once; Prometheus' own takes them one by one."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self._name, self._text = name, text
+        # One more than there are bounds: what lies above all of them, NaN included.
+        self._counts = np.zeros(len(SCORE_BUCKETS) + 1, np.int64)
+        self._sum = 0.0
+
+    def observe(self, scores: Sequence[float]) -> None:
+        """Counts each score under the first bound that is not below it."""
+        values = np.asarray(scores, np.float64)
+        self._counts += np.bincount(np.searchsorted(SCORE_BUCKETS, values), minlength=len(self._counts))
+        self._sum += float(values.sum())
+
+    def collect(self) -> Iterator[Metric]:
+        bounds = [*map(str, SCORE_BUCKETS), "+Inf"]
+        buckets = list(zip(bounds, self._counts.cumsum().tolist(), strict=True))
+        yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)
 
 
 class Metrics:
@@ -83,16 +107,16 @@ class Metrics:
             "Transactions by outcome. aborted rising: rebalances or broker trouble; nothing is lost, work is repeated.",
             ["outcome"],
         )
-        self.itm_raw = histogram(
-            "itm_raw",
+        self.itm_raw = Scores(
+            "tldr_itm_raw",
             "Image-text matching of the original captions of all pairs. Sinking: the crawl's captions drift.",
-            SCORE_BUCKETS,
         )
-        self.itm_refined = histogram(
-            "itm_refined",
+        self.itm_refined = Scores(
+            "tldr_itm_refined",
             "Image-text matching of the refined captions of the kept pairs. Sinking: the captioner no longer fits.",
-            SCORE_BUCKETS,
         )
+        registry.register(self.itm_raw)
+        registry.register(self.itm_refined)
         self.lag = gauge(
             "lag_records", "Raw records of a partition that are not committed yet. Growing: add workers.", ["partition"]
         )

@@ -11,16 +11,17 @@ import json
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
 
 from state.changelog import Totals
-from state.partition import Fate
 from stream.allocator import give_back
 from stream.assignment import Assignment, Restore
 from stream.broker_errors import says_fenced
@@ -320,11 +321,11 @@ class Worker:
 
     def _check_keys(self, batch: list[Any]) -> None:
         """Counts records outside their key's murmur2 partition: ids are known only within a partition."""
-        keyed = [m for m in batch if m.key() is not None and m.value() is not None]
+        keyed = [(m.key(), m.partition()) for m in batch if m.key() is not None and m.value() is not None]
         if not keyed:
             return
-        homes = partitions_of([m.key() for m in keyed], self.outlet.partition_count)
-        misplaced = sum(int(home) != m.partition() for home, m in zip(homes, keyed, strict=True))
+        keys, numbers = zip(*keyed, strict=True)
+        misplaced = int((partitions_of(keys, self.outlet.partition_count) != np.array(numbers)).sum())
         if misplaced:
             self.metrics.misplaced_keys.inc(misplaced)
             if not self._warned_of_keys:
@@ -338,10 +339,8 @@ class Worker:
     def _count(self, effects: Effects) -> None:
         metrics = self.metrics
         for codes in effects.codes.values():
-            for fate in Fate:
-                count = codes.fates.count(fate)
-                if count:
-                    metrics.fates.labels(fate.name.lower()).inc(count)
+            for fate, count in Counter(codes.fates).items():
+                metrics.fates.labels(fate.name.lower()).inc(count)
             metrics.removed.inc(len(codes.removed))
         metrics.fates.labels("dead").inc(len(effects.dead))
         for letter in effects.dead:
@@ -350,10 +349,8 @@ class Worker:
         metrics.captions.inc(effects.captions)
         for stage, seconds in effects.seconds.items():
             metrics.stage_seconds.labels(stage).inc(seconds)
-        for score in effects.itm_raw:
-            metrics.itm_raw.observe(score)
-        for score in effects.itm_refined:
-            metrics.itm_refined.observe(score)
+        metrics.itm_raw.observe(effects.itm_raw)
+        metrics.itm_refined.observe(effects.itm_refined)
 
     def _update_gauges(self) -> None:
         now = self._clock()
