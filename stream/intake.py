@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
@@ -22,7 +22,9 @@ log = logging.getLogger(__name__)
 
 Message = Any  # confluent_kafka.Message
 
-FETCH_MESSAGES = 500
+# At most: librdkafka has no more of them than its prefetch (consume.PREFETCH_KB) holds.
+FETCH_MESSAGES = 2000
+# The object, its key, its headers.
 MESSAGE_OVERHEAD_BYTES = 500
 # With a full buffer a poll may wait this long, far below max.poll.interval.ms; a rebalance waits for it.
 FULL_POLL_EVERY_S = 3.0
@@ -92,23 +94,26 @@ class Intake:
             messages = []
         self._polled_at = self._clock()
         restarted, self._started_while_polling = self._started_while_polling, None
+        fresh: list[Message] = []
         for message in messages:
             error = message.error()
+            partition = message.partition()
             if error is not None:
                 if error.code() == KafkaError._PARTITION_EOF:
-                    self.at_end[message.partition()] = message.offset()
-                elif error.code() in _OUT_OF_RANGE and message.partition() in self._consumed:
-                    self.out_of_range.add(message.partition())
+                    self.at_end[partition] = message.offset()
+                elif error.code() in _OUT_OF_RANGE and partition in self._consumed:
+                    self.out_of_range.add(partition)
                 else:
                     self._refuse(error, message)
                 continue
             # A partition that was revoked meanwhile may still have messages on their way.
-            if message.partition() in self._consumed and message.partition() not in restarted:
-                self._buffer.append(message)
-                self.buffered_bytes += _weight(message)
-                self.received_bytes += len(message.value() or b"") + len(message.key() or b"")
-                self.at_end.pop(message.partition(), None)
-
+            if partition in self._consumed and partition not in restarted:
+                fresh.append(message)
+                if self.at_end:
+                    self.at_end.pop(partition, None)
+        self._buffer.extend(fresh)
+        self.buffered_bytes += _weight(fresh)
+        self.received_bytes += sum(map(len, fresh)) + sum(len(message.key() or b"") for message in fresh)
         # Started inside the call by a callback of the group: what the call returned may come from before or from after it.
         for partition, offset in restarted.items():
             self.go_back(partition, offset)
@@ -116,7 +121,7 @@ class Intake:
     def take(self, count: int) -> list[Message]:
         """The next `count` messages or fewer, in the order of each partition."""
         taken = [self._buffer.popleft() for _ in range(min(count, len(self._buffer)))]
-        self.buffered_bytes -= sum(map(_weight, taken))
+        self.buffered_bytes -= _weight(taken)
         return taken
 
     def start(self, partition: int, offset: int) -> None:
@@ -148,7 +153,7 @@ class Intake:
 
     def _drop(self, partition: int) -> None:
         self._buffer = deque(m for m in self._buffer if m.partition() != partition)
-        self.buffered_bytes = sum(map(_weight, self._buffer))
+        self.buffered_bytes = _weight(self._buffer)
 
     def _pause(self) -> None:
         fresh = self._consumed - self._paused
@@ -176,6 +181,6 @@ class Intake:
             log.warning("%s: %s", where, error.str())
 
 
-def _weight(message: Message) -> int:
-    """Bytes of a message in the buffer: key and value, and what the object itself takes."""
-    return len(message.value() or b"") + len(message.key() or b"") + MESSAGE_OVERHEAD_BYTES
+def _weight(messages: Collection[Message]) -> int:
+    """Bytes of messages in the buffer: their values (a message's length is its value's), and what the rest takes."""
+    return sum(map(len, messages)) + MESSAGE_OVERHEAD_BYTES * len(messages)
