@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,14 +26,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException
 
 from models.null import NullModel
+from state import changelog
+from state.changelog import Position, Switch, Totals
+from state.partition_store import PartitionStore
+from state.quota import Ratio
+from state.settings import StreamSettings
 from stream.batch_tldr import Row, reduce_partition
 from stream.broker import local_broker
-from stream.kafka import Connection, create_missing, end_offsets, read_partition
+from stream.kafka import Connection, create_missing, end_offsets, read_partition, topic_id
 from stream.murmur2 import partitions_of
 from stream.records import Codec
+from stream.topics import StreamTopics
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent / ".build"
@@ -50,6 +58,7 @@ LOOK_EVERY_S = 0.05
 # A group whose committed offsets have not moved for so long, at the end of everything, is done.
 SETTLED_AFTER_S = 3.0
 UNIT_TIMEOUT_S = 600.0
+GROWN = (100_000, 10_000_000)  # pairs in the stores
 CONTENDERS = ("ours", "quix, documented", "quix, by hand", "plain loop")
 
 
@@ -79,8 +88,8 @@ class Run:
         return self.records / self.seconds
 
 
-def fill(kafka: Connection, topic: str, records: int, image_bytes: int) -> Input:
-    """Produces the records; cluster as the null model would assign it, for those who have no model."""
+def fill(kafka: Connection, topic: str, records: int, image_bytes: int, first: int = 0) -> Input:
+    """Produces the records, from the offset `first` of each partition on; cluster as the null model would assign it, for those who have no model."""
     create_missing(kafka, {topic: {"max.message.bytes": "1048588"}}, PARTITIONS)
     dice = random.Random(SEED)
     noise = dice.randbytes(8 << 20)
@@ -107,7 +116,7 @@ def fill(kafka: Connection, topic: str, records: int, image_bytes: int) -> Input
                 {"id": pair_id, "caption": "a picture of something that was found somewhere", "image": image,
                  "image_uri": None, "fields": {"cluster": str(cluster)}}
             )  # fmt: skip
-            rows[home].append(Row(len(rows[home]), pair_id, cluster))
+            rows[home].append(Row(first + len(rows[home]), pair_id, cluster))
             while True:
                 try:
                     producer.produce(topic, value, pair_id.encode(), home)
@@ -119,7 +128,7 @@ def fill(kafka: Connection, topic: str, records: int, image_bytes: int) -> Input
     kept: set[str] = set()
     for number, its in enumerate(rows):
         kept |= reduce_partition(its, seed=SEED, partition=number, p=1, q=4)[0].keys()
-    return Input(topic, records, kept, {number: len(its) for number, its in enumerate(rows)})
+    return Input(topic, records, kept, {number: first + len(its) for number, its in enumerate(rows)})
 
 
 def command_of(contender: str, kafka: Connection, data: Input, group: str, folder: Path, quix: Path) -> list[str]:
@@ -134,16 +143,18 @@ def command_of(contender: str, kafka: Connection, data: Input, group: str, folde
     return [str(quix), str(HERE / "quix_worker.py"), way, bootstrap, data.topic, group, kept, str(folder), str(SEED)]
 
 
-def measure(contender: str, kafka: Connection, data: Input, quix: Path, folder: Path) -> Run:
-    """One contender from the first record that it reads to its last commit."""
-    group = f"{contender.replace(', ', '-').replace(' ', '-')}-{time.time_ns() // 1_000_000}"
+def measure(
+    contender: str, kafka: Connection, data: Input, quix: Path, folder: Path, group: str = "", grown: Path | None = None
+) -> Run:
+    """One contender from the first record that it reads to its last commit; grown: where it keeps its state."""
+    group = group or f"{contender.replace(', ', '-').replace(' ', '-')}-{time.time_ns() // 1_000_000}"
     if contender != "ours":
         create_missing(kafka, {f"{group}.kept-pairs": {"max.message.bytes": "2097152"}}, PARTITIONS)
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
     if contender.startswith("quix"):
         environment.pop("PYTHONPATH")
     with tempfile.TemporaryDirectory(dir=folder) as state, (folder / f"{group}.log").open("w+") as log:
-        command = command_of(contender, kafka, data, group, Path(state), quix)
+        command = command_of(contender, kafka, data, group, grown or Path(state), quix)
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=HERE.parent)
         try:
             ended = last_commit(kafka, group, data, process)
@@ -159,7 +170,8 @@ def measure(contender: str, kafka: Connection, data: Input, quix: Path, folder: 
     if "first" not in told:
         raise SystemExit(f"{contender} read nothing:\n{text[-3000:]}")
     emitted = kept_ids(kafka, f"{group}.kept-pairs")
-    right = None if contender == "plain loop" else len(emitted) == len(data.kept) and set(emitted) == data.kept
+    # A cell that has grown is in the middle of a block, of which the reference knows nothing.
+    right = None if contender == "plain loop" or grown else len(emitted) == len(data.kept) and set(emitted) == data.kept
     cpu = used.ru_utime + used.ru_stime if used else float("nan")
     delete_topics(kafka, keep={data.topic})
     return Run(data.records, ended - float(told["first"]), cpu, len(emitted), right, json.loads(told.get("seconds", "{}")))
@@ -215,6 +227,88 @@ def broker_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
+# -- stores that have grown ---------------------------------------------------------------------------------------------
+
+
+def grow(kafka: Connection, topic: str, pairs: int, folder: Path) -> None:
+    """Stores as they are after so many pairs, and the raw offsets that they have passed (one byte each in the topic)."""
+    create_missing(kafka, {topic: {"max.message.bytes": "1048588"}}, PARTITIONS)
+    producer, model, dice = kafka.producer(linger_ms=50), NullModel(), np.random.default_rng(SEED)
+    settings = StreamSettings(
+        partition_count=PARTITIONS, raw_topic_id=topic_id(kafka, topic), seed=SEED, ratio=Ratio(1, 4), cell_cap=None,
+        dedupe_window=None, gate=None, rule="none", space=model.space, tokens=model.tokens,
+    )  # fmt: skip
+    share = pairs // PARTITIONS
+    for number in range(PARTITIONS):
+        for _ in range(share):
+            while True:
+                try:
+                    producer.produce(topic, b"x", None, number)
+                    break
+                except BufferError:
+                    producer.poll(0.1)
+        with PartitionStore(folder / f"partition-{number}") as store:
+            first = changelog.switch_key(0), changelog.encode_switch(Switch(0, model.version, model.space, 0))
+            store.apply([(changelog.SETTINGS, settings.to_json()), first], 1)
+            for start in range(0, share, 25_000):
+                count = min(25_000, share - start)
+                store.apply(_counted(dice, start, count, model), 1)
+            cells = [
+                (changelog.cell_key(0, c), changelog.encode_cell(share // model.clusters, share // model.clusters // 4, 0, 0))
+                for c in range(model.clusters)
+            ]
+            position = Position(share, 0, int(time.time() * 1000), "grown", Totals(read=share, counted=share))
+            store.apply([*cells, (changelog.POSITION, changelog.encode_position(position))], 1)
+    producer.flush()
+
+
+def _counted(dice: np.random.Generator, start: int, count: int, model: NullModel) -> list[changelog.Record]:
+    """The records of a transaction that counted `count` pairs, each fourth of them kept."""
+    hashes = dice.integers(0, 1 << 64, count, dtype=np.uint64)
+    offsets = np.arange(start, start + count, dtype=np.uint64)
+    vector = bytes(2 * model.tokens)
+    entries: list[changelog.Record] = [
+        (
+            changelog.entry_key(name),
+            changelog.encode_entry(at, 0, at % model.clusters, name, Ratio(1, 4), b"https://example.org/%09d.jpg" % at, vector),
+        )
+        for name, at in zip(hashes[::4].tolist(), offsets[::4].tolist(), strict=True)
+    ]
+    return [*entries, *changelog.encode_known(hashes, offsets)]
+
+
+def grown_run(kafka: Connection, data: Input, stores: Path, folder: Path, quix: Path) -> Run:
+    """Our engine on a copy of these stores, from the first record that is new to it."""
+    group = f"grown-{time.time_ns() // 1_000_000}"
+    topics = StreamTopics(group)
+    create_missing(kafka, topics.settings(2 << 20), PARTITIONS)
+    producer = kafka.producer()
+    for number in range(PARTITIONS):  # the stores stand at offset 1 of it
+        producer.produce(topics.changelog, b"{}", b"P", number)
+    producer.flush()
+    with tempfile.TemporaryDirectory(dir=folder) as state:
+        shutil.copytree(stores, Path(state) / "state")
+        return measure("ours", kafka, data, quix, folder, group, Path(state))
+
+
+def as_it_grows(results: Results, records: int, rounds: int, quix: Path) -> None:
+    for pairs in GROWN:
+        wanted = [n for n in range(rounds) if f"after {pairs:,} pairs/{n}" not in results]
+        if not wanted:
+            continue
+        with broker_folder() as folder, local_broker(folder / "kafka") as broker:
+            kafka = Connection(broker.bootstrap_servers)
+            grow(kafka, "raw-pairs", pairs, folder / "grown")
+            data = fill(kafka, "raw-pairs", records, IMAGE_BYTES["400 B"], first=pairs // PARTITIONS)
+            stored = sum(file.stat().st_size for file in (folder / "grown").rglob("data.mdb"))
+            for n in wanted:
+                run = grown_run(kafka, data, folder / "grown", folder, quix)
+                results.add(
+                    f"after {pairs:,} pairs/{n}", records=run.records, seconds=round(run.seconds, 3), rate=round(run.rate),
+                    cpu_s=round(run.cpu_s, 2), emitted=run.emitted, load=os.getloadavg()[0], told=run.told, stored=stored,
+                )  # fmt: skip
+
+
 # -- units, results, table ---------------------------------------------------------------------------------------------
 
 
@@ -263,6 +357,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--small", action="store_true", help="fewer records")
     options.add_argument("--fresh", action="store_true", help="forget earlier results")
+    options.add_argument("--grown", action="store_true", help="only how the rate depends on the size of the stores")
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--size", choices=list(RECORDS), action="append")
     options.add_argument("--contender", choices=CONTENDERS, action="append")
@@ -272,6 +367,9 @@ def main() -> None:
     counts = RECORDS_SMALL if given.small else RECORDS
     counts = {size: count for size, count in counts.items() if not given.size or size in given.size}
     results = Results(given.results, given.fresh)
+    if given.grown:
+        as_it_grows(results, counts["400 B"] // 2, given.rounds, given.quix)
+        return
     against_others(results, given.contender or CONTENDERS, counts, given.rounds, given.quix)
 
 

@@ -86,6 +86,7 @@ def fill(
             span = range(start, min(start + batch, len(ids)))
             with timed("hash and look up before decoding"):
                 hashes = [hash_id(key, ids[offset]) for offset in span]
+                partition.look_up([known for known, _ in hashes])
                 for offset, (known, _) in zip(span, hashes, strict=True):
                     partition.fate_if_seen(known, offset)
             with timed("decide"):

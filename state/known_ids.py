@@ -1,44 +1,187 @@
 """The exact set of known ids of a partition: 64-bit hash of the id → input offset at which it was counted.
 
-One LMDB database of its own, always inside a transaction of the store; knows nothing of cells, windows or Kafka. It
-is a class of its own because random 8-byte keys in one B-tree slow down as it grows, so that what lies behind these
-three methods may change.
+Random keys in one B-tree slow down as it grows, so these lie in sorted runs: a transaction adds one, and a run that is no
+larger than what comes on top of it is merged with it (O'Neil et al., "The log-structured merge-tree", 1996). Of n ids there
+are then at most log2(n) runs, and an id is rewritten as often. A filter in front of each run tells of almost every new id that
+it is not there. Runs and filters are values of one LMDB database: what holds for the store's transactions holds for them, and
+what is read of them lies in the page cache. Knows nothing of cells, windows or Kafka.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import lmdb
 import numpy as np
+from numpy.typing import NDArray
+
+Numbers = NDArray[np.uint64]
+
+# An offset that no input has: the id is no longer known, whatever older runs say.
+GONE = np.uint64((1 << 64) - 1)
+# Hashes and offsets in one value: 16 kB.
+CHUNK_IDS = 1024
+# With 4 ids to a word of 64 bits and 5 bits an id, the filter takes 3 new ids of a thousand for known ones (measured).
+_IDS_A_WORD = 4
+_BITS_AN_ID = 5
+
+
+class _Run(NamedTuple):
+    """A sorted run. number  a higher one is newer, and says what holds."""
+
+    number: int
+    ids: int
 
 
 class KnownIds:
-    """Hash and offset are rows of 8 big-endian bytes here, as LMDB wants them."""
+    """Works inside the store's transactions; those named `view` must have been begun with `buffers=True`."""
 
     def __init__(self, env: lmdb.Environment) -> None:
+        # run → filter; run and last hash of a chunk → its hashes, then its offsets
         self._db = env.open_db(b"known")
 
-    def lookup(self, txn: lmdb.Transaction[bytes], known_hash: bytes) -> bytes | None:
-        """The input offset at which the id was counted, or None."""
-        return txn.get(known_hash, db=self._db)
+    def offsets_of(self, view: lmdb.Transaction[memoryview], hashes: Numbers) -> dict[int, int]:
+        """The input offsets at which those of the ids that are known were counted."""
+        found: dict[int, int] = {}
+        with view.cursor(self._db) as cursor:
+            for run in reversed(self._runs(cursor)):
+                if not len(hashes):
+                    break
+                words = np.frombuffer(view.get(_key(run.number), db=self._db), "<u8")  # type: ignore[arg-type]
+                perhaps = np.flatnonzero(_may_hold(words, hashes))
+                here = []
+                for at in perhaps.tolist():
+                    offset = self._in_run(cursor, run, hashes[at])
+                    if offset is not None:
+                        here.append(at)
+                        if offset != GONE:
+                            found[int(hashes[at])] = offset
+                hashes = np.delete(hashes, here)
+        return found
 
-    def add(self, txn: lmdb.Transaction[bytes], counted: dict[bytes, bytes]) -> None:
-        """Note hash → offset for each; a hash that is already there gets the new offset."""
-        if not counted:
+    def put(self, txn: lmdb.Transaction[bytes], counted: dict[bytes, bytes], gone: Sequence[bytes]) -> None:
+        """Note hash → offset for each, in place of what was there, and forget those that are `gone` (none of `counted`).
+
+        Hashes and offsets are 8 big-endian bytes each.
+        """
+        count = len(counted) + len(gone)
+        if not count:
             return
-        # in the order of the keys: neighbours share a page, which then is copied once
-        hashes = np.frombuffer(b"".join(counted), "V8")
-        offsets = np.frombuffer(b"".join(counted.values()), "V8")
-        order = np.argsort(hashes.view(">u8"))
+        hashes = np.frombuffer(b"".join([*counted, *gone]), ">u8").astype(np.uint64)
+        offsets = np.full(count, GONE)
+        offsets[: len(counted)] = np.frombuffer(b"".join(counted.values()), ">u8")
+        columns = [(hashes, offsets)]
         with txn.cursor(self._db) as cursor:
-            cursor.putmulti(zip(hashes[order].tolist(), offsets[order].tolist(), strict=True))
-
-    def expire(self, txn: lmdb.Transaction[bytes], known_hashes: Iterable[bytes]) -> None:
-        """Forget these."""
-        for known_hash in sorted(known_hashes):
-            txn.delete(known_hash, db=self._db)
+            older = self._runs(cursor)
+            while older and older[-1].ids <= count:
+                run = older.pop()
+                count += run.ids
+                columns.append(self._taken_out(cursor, run))
+            hashes, offsets = _newest_of_each(columns)
+            if not older:
+                hashes, offsets = hashes[offsets != GONE], offsets[offsets != GONE]
+            self._write(cursor, older[-1].number + 1 if older else 0, hashes, offsets)
 
     def count(self, txn: lmdb.Transaction[bytes]) -> int:
-        """How many ids are known."""
-        return int(txn.stat(self._db)["entries"])
+        """How many ids are known. Reads them all."""
+        with txn.cursor(self._db) as cursor:
+            columns = [self._columns(cursor, run) for run in reversed(self._runs(cursor))]
+        return int((_newest_of_each(columns)[1] != GONE).sum()) if columns else 0
+
+    def _runs(self, cursor: lmdb.Cursor) -> list[_Run]:
+        """The runs that there are, oldest first."""
+        runs = []
+        at = cursor.first()
+        while at:
+            number = int.from_bytes(cursor.key()[:4], "big")
+            runs.append(_Run(number, int.from_bytes(cursor.value()[-8:], "little")))
+            at = cursor.set_range(_key(number + 1))
+        return runs
+
+    def _in_run(self, cursor: lmdb.Cursor, run: _Run, known_hash: np.uint64) -> int | None:
+        if not cursor.set_range(_key(run.number, int(known_hash))):
+            return None
+        if int.from_bytes(cursor.key()[:4], "big") != run.number:
+            return None
+        hashes, offsets = _columns_of(cursor.value())
+        at = int(np.searchsorted(hashes, known_hash))
+        return int(offsets[at]) if hashes[at] == known_hash else None
+
+    def _columns(self, cursor: lmdb.Cursor, run: _Run) -> tuple[Numbers, Numbers]:
+        chunks = []
+        cursor.set_key(_key(run.number))
+        while cursor.next() and int.from_bytes(cursor.key()[:4], "big") == run.number:
+            chunks.append(_columns_of(cursor.value()))
+        hashes, offsets = zip(*chunks, strict=True)
+        return np.concatenate(hashes), np.concatenate(offsets)
+
+    def _taken_out(self, cursor: lmdb.Cursor, run: _Run) -> tuple[Numbers, Numbers]:
+        columns = self._columns(cursor, run)
+        there = cursor.set_key(_key(run.number))
+        while there and int.from_bytes(cursor.key()[:4], "big") == run.number:
+            there = cursor.delete()
+        return columns
+
+    def _write(self, cursor: lmdb.Cursor, number: int, hashes: Numbers, offsets: Numbers) -> None:
+        if not len(hashes):
+            return
+        # Its ids are counted in the last word, which no hash leads to.
+        words = np.append(_filter(hashes), np.uint64(len(hashes)))
+        chunks = [(_key(number), words.astype("<u8").tobytes())]
+        for start in range(0, len(hashes), CHUNK_IDS):
+            rows = slice(start, start + CHUNK_IDS)
+            value = np.concatenate([hashes[rows], offsets[rows]]).astype("<u8").tobytes()
+            chunks.append((_key(number, int(hashes[rows][-1])), value))
+        cursor.putmulti(chunks, append=True)  # the newest run has the highest number
+
+
+def _key(number: int, last_hash: int | None = None) -> bytes:
+    head = number.to_bytes(4, "big")
+    return head if last_hash is None else head + last_hash.to_bytes(8, "big")
+
+
+def _columns_of(value: bytes | memoryview) -> tuple[Numbers, Numbers]:
+    both = np.frombuffer(value, "<u8")
+    return both[: len(both) // 2], both[len(both) // 2 :]
+
+
+def _newest_of_each(columns: Sequence[tuple[Numbers, Numbers]]) -> tuple[Numbers, Numbers]:
+    """The columns as one, sorted by hash, from newest to oldest: the first that has a hash tells its offset."""
+    hashes = np.concatenate([hashes for hashes, _ in columns])
+    offsets = np.concatenate([offsets for _, offsets in columns])
+    order = np.argsort(hashes, kind="stable")
+    hashes = hashes[order]
+    first = np.ones(len(hashes), bool)
+    first[1:] = hashes[1:] != hashes[:-1]
+    return hashes[first], offsets[order[first]]
+
+
+# A Bloom filter in which the bits of an id lie in one word (Putze, Sanders, Singler, "Cache-, hash- and space-efficient
+# Bloom filters", 2007): one look at memory. The hashes are keyed and uniform: their upper half names the word, their lower
+# half the bits.
+
+
+def _filter(hashes: Numbers) -> Numbers:
+    words = np.zeros((len(hashes) + _IDS_A_WORD - 1) // _IDS_A_WORD, np.uint64)
+    # sorted hashes lead to ascending words
+    places, starts = np.unique(_word_of(hashes, len(words)), return_index=True)
+    words[places] = np.bitwise_or.reduceat(_bits_of(hashes), starts)
+    return words
+
+
+def _may_hold(words: Numbers, hashes: Numbers) -> NDArray[np.bool_]:
+    bits = _bits_of(hashes)
+    held: NDArray[np.bool_] = (words[_word_of(hashes, len(words) - 1)] & bits) == bits
+    return held
+
+
+def _word_of(hashes: Numbers, words: int) -> NDArray[np.int64]:
+    return ((hashes >> np.uint64(32)) * np.uint64(words) >> np.uint64(32)).astype(np.int64)
+
+
+def _bits_of(hashes: Numbers) -> Numbers:
+    bits = np.zeros(len(hashes), np.uint64)
+    for number in range(_BITS_AN_ID):
+        bits |= np.uint64(1) << (hashes >> np.uint64(6 * number) & np.uint64(63))
+    return bits

@@ -147,7 +147,8 @@ class Partition:
         self._committed = position.totals if position else Totals()
         self._touched: list[_Cell] = []
         self._counted: dict[int, int] = {}  # known hash → offset: ids that this transaction counted
-        self._absent: set[int] = set()  # looked up in the store already, and not there
+        self._stored: dict[int, int] = {}  # known hash → offset: looked up in the store already,
+        self._absent: set[int] = set()  # and those that are not there
         self._entries: dict[int, bytes | None] = {}  # known hash → entry, None: it left
         self._hash_at: dict[int, int] = {}  # offset → known hash: entries that this transaction added and still has
         self._gone: set[int] = set()  # offsets of committed entries that left
@@ -158,8 +159,11 @@ class Partition:
     # -- one input offset each -----------------------------------------------------------------------------------------
 
     def look_up(self, known_hashes: Sequence[int]) -> None:
-        """Ask the store about many ids at once: what `fate_if_seen` and `decide` then need of it is in memory."""
-        self._absent |= self.store.unknown(known_hashes)
+        """Ask the store about many ids at once, so that what `fate_if_seen` and `decide` need of it is in memory."""
+        found = self.store.known_offsets(known_hashes)
+        self._stored |= found
+        self._absent.update(known_hashes)
+        self._absent -= found.keys()
 
     def fate_if_seen(self, known_hash: int, offset: int) -> Fate | None:
         """DUPLICATE or FORGOTTEN where no image is needed to decide on the id at this offset, else None.
@@ -402,10 +406,9 @@ class Partition:
         first = self._counted.get(known)
         if first is not None or known in self._absent:
             return first
-        first = self.store.known_offset(known)
-        if first is None:
-            self._absent.add(known)
-        return first
+        if known not in self._stored:
+            self.look_up([known])
+        return self._stored.get(known)
 
     def _in_reservoir(self, offset: int) -> bool:
         return offset in self._hash_at or (offset not in self._gone and self.store.entry_at(offset) is not None)
