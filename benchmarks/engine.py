@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException
+from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from models.null import NullModel
 from state import changelog
@@ -89,7 +89,10 @@ class Run:
 
 
 def fill(kafka: Connection, topic: str, records: int, image_bytes: int, first: int = 0) -> Input:
-    """Produces the records, from the offset `first` of each partition on; cluster as the null model would assign it, for those who have no model."""
+    """Produces the records, from the offset `first` of each partition on.
+
+    Their cluster, which the null model will assign, stands in them for those who have no model.
+    """
     create_missing(kafka, {topic: {"max.message.bytes": "1048588"}}, PARTITIONS)
     dice = random.Random(SEED)
     noise = dice.randbytes(8 << 20)
@@ -174,33 +177,39 @@ def measure(
     right = None if contender == "plain loop" or grown else len(emitted) == len(data.kept) and set(emitted) == data.kept
     cpu = used.ru_utime + used.ru_stime if used else float("nan")
     delete_topics(kafka, keep={data.topic})
-    return Run(data.records, ended - float(told["first"]), cpu, len(emitted), right, json.loads(told.get("seconds", "{}")))
+    return Run(
+        data.records, ended - float(told["first"]), cpu, len(emitted), right, json.loads(told.get("seconds", "{}"))
+    )
 
 
 def last_commit(kafka: Connection, group: str, data: Input, process: subprocess.Popen[bytes]) -> float:
     """When the group's committed offsets moved for the last time, the whole raw topic committed."""
-    began = time.monotonic()
+    began, moved = time.monotonic(), time.time()
     before: dict[Any, int] = {}
-    moved = time.time()
-    while True:
-        time.sleep(LOOK_EVERY_S)
-        now = committed_offsets(kafka, group)
-        if now != before:
-            before, moved = now, time.time()
-        done = all(now.get((data.topic, p), 0) >= end for p, end in data.ends.items() if end)
-        if done and time.time() - moved > SETTLED_AFTER_S:
-            return moved
-        if process.poll() is not None or time.monotonic() - began > UNIT_TIMEOUT_S:
-            raise SystemExit(f"{group} did not get through: {now}")
-
-
-def committed_offsets(kafka: Connection, group: str) -> dict[tuple[str, int], int]:
-    done = kafka.admin.list_consumer_group_offsets([ConsumerGroupTopicPartitions(group)], request_timeout=10)
+    # Asks for the group's offsets without joining it.
+    asking = Consumer(kafka.config(group_id=group, enable_auto_commit=False))
     try:
-        found = done[group].result()
-    except KafkaException:  # the group is not there yet
-        return {}
-    return {(tp.topic, tp.partition): tp.offset for tp in found.topic_partitions or [] if tp.offset >= 0}
+        while True:
+            time.sleep(LOOK_EVERY_S)
+            # what `group_by` wrote is committed by the same group
+            topics = [
+                data.topic,
+                *(t for t in asking.list_topics(timeout=10).topics if group in t and "repartition" in t),
+            ]
+            asked = [TopicPartition(topic, p) for topic in topics for p in range(PARTITIONS)]
+            try:
+                now = {(tp.topic, tp.partition): tp.offset for tp in asking.committed(asked, timeout=5)}
+            except KafkaException:  # a transaction holds some of them
+                continue
+            if now != before:
+                before, moved = now, time.time()
+            done = all(now[data.topic, p] >= end for p, end in data.ends.items() if end)
+            if done and time.time() - moved > SETTLED_AFTER_S:
+                return moved
+            if process.poll() is not None or time.monotonic() - began > UNIT_TIMEOUT_S:
+                raise SystemExit(f"{group} did not get through: {now}")
+    finally:
+        asking.close()
 
 
 def kept_ids(kafka: Connection, topic: str) -> list[str]:
@@ -254,7 +263,10 @@ def grow(kafka: Connection, topic: str, pairs: int, folder: Path) -> None:
                 count = min(25_000, share - start)
                 store.apply(_counted(dice, start, count, model), 1)
             cells = [
-                (changelog.cell_key(0, c), changelog.encode_cell(share // model.clusters, share // model.clusters // 4, 0, 0))
+                (
+                    changelog.cell_key(0, c),
+                    changelog.encode_cell(share // model.clusters, share // model.clusters // 4, 0, 0),
+                )
                 for c in range(model.clusters)
             ]
             position = Position(share, 0, int(time.time() * 1000), "grown", Totals(read=share, counted=share))
@@ -270,7 +282,9 @@ def _counted(dice: np.random.Generator, start: int, count: int, model: NullModel
     entries: list[changelog.Record] = [
         (
             changelog.entry_key(name),
-            changelog.encode_entry(at, 0, at % model.clusters, name, Ratio(1, 4), b"https://example.org/%09d.jpg" % at, vector),
+            changelog.encode_entry(
+                at, 0, at % model.clusters, name, Ratio(1, 4), b"https://example.org/%09d.jpg" % at, vector
+            ),
         )
         for name, at in zip(hashes[::4].tolist(), offsets[::4].tolist(), strict=True)
     ]
@@ -335,7 +349,9 @@ class Results:
         print(json.dumps(self.units[unit]), flush=True)
 
 
-def against_others(results: Results, contenders: Sequence[str], counts: dict[str, int], rounds: int, quix: Path) -> None:
+def against_others(
+    results: Results, contenders: Sequence[str], counts: dict[str, int], rounds: int, quix: Path
+) -> None:
     for size, count in counts.items():
         wanted = [(c, n) for n in range(rounds) for c in contenders if f"{size}/{c}/{n}" not in results]
         if not wanted:

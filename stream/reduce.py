@@ -186,6 +186,8 @@ class _Told(NamedTuple):
     generated: str
     refined: str
     itm_refined: float
+
+
 NO_HASHES = (0, 0)
 
 

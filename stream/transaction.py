@@ -109,9 +109,10 @@ def _records(
         for changed, entry in changes:
             yield (topics.changelog, entry, changed, p), {}
         # Records of a partition are written in their order, so the last one tells the end.
-        yield (topics.changelog, value, key, p), {
-            "on_delivery": lambda error, message, p=p: _remember_end(error, message, p, ends)
-        }
+        yield (
+            (topics.changelog, value, key, p),
+            {"on_delivery": lambda error, message, p=p: _remember_end(error, message, p, ends)},
+        )
 
 
 def _remember_end(error: KafkaError | None, message: Any, partition: int, ends: dict[int, int]) -> None:
