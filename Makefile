@@ -51,10 +51,18 @@ sample-bundle: corpus ## train the sample bundle anew and measure it on the held
 	  --captioner .build/captioner --clusters 16 $(FULL) --out bundles/sample
 	$(BIN)/python -m corpus.evaluate --bundle bundles/sample --shards corpus/sample/*.tar --out bundles/FIGURES.md
 
+bench: setup .build/quix-venv/ready ## the engine against Quix Streams and a plain loop, as it grows, with a model; resumes (BENCH=--fresh: anew)
+	PYTHONPATH=. $(BIN)/python benchmarks/engine.py $(BENCH)
+
+.build/quix-venv/ready: # it pins an older confluent-kafka than ours
+	$(PYTHON) -m venv .build/quix-venv
+	.build/quix-venv/bin/pip install --quiet 'quixstreams==3.28.1' 'fastavro==1.13.1'
+	@touch $@
+
 memory: setup ## a worker's anonymous memory after 10,000 and after 100,000 records
 	$(BIN)/python benchmarks/worker_memory.py
 
 clean: ## remove what demo and tests left behind; the environment and Kafka's jars stay
 	rm -rf demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help demo test check tests setup kafka corpus sample-bundle memory clean
+.PHONY: help demo test check tests setup kafka corpus sample-bundle bench memory clean
