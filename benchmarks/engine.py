@@ -388,9 +388,8 @@ def with_a_model(results: Results, quix: Path) -> None:
         return
     with broker_folder() as folder, local_broker(folder / "kafka") as broker:
         kafka = Connection(broker.bootstrap_servers)
-        shards = sorted(map(str, (HERE.parent / "corpus/sample").glob("*.tar")))
-        ingest = [sys.executable, "-m", "stream", "ingest", *shards, "--topic", "raw-pairs", "--partitions",
-                  str(PARTITIONS), "--bootstrap-servers", kafka.bootstrap_servers]  # fmt: skip
+        ingest = [sys.executable, "-m", "stream", "ingest", "corpus/sample/*.tar", "--topic", "raw-pairs",
+                  "--partitions", str(PARTITIONS), "--bootstrap-servers", kafka.bootstrap_servers]  # fmt: skip
         subprocess.run(ingest, check=True, cwd=HERE.parent, stdout=subprocess.DEVNULL)
         ends = end_offsets(kafka, "raw-pairs", range(PARTITIONS))
         data = Input("raw-pairs", sum(ends.values()), set(), ends)
@@ -412,8 +411,8 @@ def table(results: Results) -> str:
         "# Speed of the engine",
         "",
         "Made by `make bench` (`benchmarks/engine.py`): the null model, four partitions, one process, 2 % duplicates, a "
-        "quarter kept, from the first record read to the last one committed. Our engine runs with everything on: pair-codes with "
-        "196 indices, known ids, changelog, Avro, captions, a synced store. Quix Streams finds the cluster in the record, "
+        "quarter kept, from the first record read to the last one committed. Our engine runs with everything on: pair-codes "
+        "with 196 indices, known ids, changelog, Avro, captions, a synced store. Quix Streams finds the cluster in the record, "
         "and passes a kept pair on as it came. All keep exactly the ids of the batch reference.",
         "",
         f"Between {when[0]} and {when[-1]}; {cpu_name()}, {os.cpu_count()} cores shared by the broker, the "

@@ -141,22 +141,22 @@ class OwnReader:
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
+        self._header, self._start = codec.header, len(codec.header)
 
     def read(self, message_key: bytes | None, value: bytes) -> RawRecord:
-        start = self._codec.start_of_own(value)
-        pair_id, caption, image, image_uri, fields = self._any(value) if start is None else self._own(value, start)
+        try:
+            whole = value.startswith(self._header)
+            pair_id, caption, image, image_uri, fields = (
+                read_raw_pair(value, self._start) if whole else self._any(value)
+            )
+        except (ValueError, IndexError):  # damaged, or the encoder of another language: fastavro says which
+            pair_id, caption, image, image_uri, fields = self._any(value)
         if not caption or caption.isspace():
             raise UndecodableRecord("empty-caption", "the caption is empty")
         if not (image or image_uri):
             raise UndecodableRecord("no-image", "neither image bytes nor an image URI")
         pair = (pair_id or _id_of_key(message_key), caption, image or None, image_uri, fields)
         return tuple.__new__(RawRecord, pair)  # RawRecord(*pair) without its Python frame
-
-    def _own(self, value: bytes, start: int) -> RawValues:
-        try:
-            return read_raw_pair(value, start)
-        except (ValueError, IndexError):  # damaged, or the encoder of another language: fastavro says which
-            return self._any(value)
 
     def _any(self, value: bytes) -> RawValues:
         record = self._codec.decode(value)

@@ -85,11 +85,6 @@ class Codec:
             schema_json = json.loads((SCHEMA_FOLDER / f"{record}.avsc").read_text())
             self.header = CONFLUENT_MAGIC + struct.pack(">I", registry.register(record, schema_json))
 
-    def start_of_own(self, data: bytes) -> int | None:
-        """Where the record begins in `data` if it was written with the schema that this codec writes; else None."""
-        size = len(self.header)
-        return size if data[:size] == self.header else None
-
     def encode(self, value: Mapping[str, Any]) -> bytes:
         """The record's bytes, framed."""
         out = io.BytesIO()

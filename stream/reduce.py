@@ -220,10 +220,19 @@ def reduce_batch(
             raise Cancelled
 
     steps = _read(messages, partitions, using)
-    for number, partition in partitions.items():
-        partition.look_up([step.hashes[0] for step in steps if step.partition == number and step.raw is not None])
+    asked: dict[int, list[int]] = {number: [] for number in partitions}
+    for step in steps:
+        if step.raw is not None:
+            asked[step.partition].append(step.hashes[0])
+    for number, hashes_of_ids in asked.items():
+        partitions[number].look_up(hashes_of_ids)
     # An id that is known already needs no image; the rest is decoded by all cores and encoded in fixed batches.
-    wanted = [i for i, step in enumerate(steps) if step.raw is not None and _unseen(step, partitions)]
+    fate_if_seen = {number: partition.fate_if_seen for number, partition in partitions.items()}
+    wanted = [
+        i
+        for i, step in enumerate(steps)
+        if step.raw is not None and fate_if_seen[step.partition](step.hashes[0], step.offset) is None
+    ]
     lap("read")
     looked_at = _look_at_all(wanted, steps, using)
     lap("decode")
@@ -265,13 +274,13 @@ def reduce_batch(
             else:
                 pair_id = raw.id
                 decision = partition.duplicate(offset, pair_id, hashes)
-        fate = decision[0]
-        if fate is DUPLICATE or fate is FORGOTTEN:  # the image was not needed
+        became = decision.fate
+        if became is DUPLICATE or became is FORGOTTEN:  # the image was not needed
             codes.rows.append(_row((pair_id, offset, decision, NO_CLUSTER, np.nan)))
         else:
             codes.rows.append(_row((pair_id, offset, decision, clusters[row], itms[row])))
             codes.vectors.append(vector)
-        if fate is KEPT:
+        if became is KEPT:
             # Its record needs the caption, which is generated for the whole batch below; the order is settled here.
             to_keep.append((i, row, decision, len(out.kept)))
             out.kept.append(Effect(number, b"", None, []))
