@@ -37,7 +37,7 @@ def main() -> None:
     def poll(intake: Intake, wait_s: float) -> None:
         receive(intake, wait_s)
         if len(intake):
-            print("first", time.time(), flush=True)
+            print("first", time.time(), time.process_time(), flush=True)
             Intake.poll = receive  # type: ignore[method-assign]
 
     Intake.poll = poll  # type: ignore[method-assign]

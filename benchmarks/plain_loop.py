@@ -33,7 +33,7 @@ def main() -> None:
         messages = consumer.consume(1000, 0.1)
         if messages and not said:
             said = True
-            print("first", time.time(), flush=True)
+            print("first", time.time(), time.process_time(), flush=True)
         if messages and not next_offsets:
             producer.begin_transaction()
             began = time.monotonic()

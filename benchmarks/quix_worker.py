@@ -65,7 +65,7 @@ def main() -> None:
         nonlocal begun
         if not begun:
             begun = True
-            print("first", time.time(), flush=True)
+            print("first", time.time(), time.process_time(), flush=True)
         return f"{message_context().partition} {read(value)['fields']['cluster']}"
 
     def decide(value: bytes, key: str, timestamp: int, headers: Any, state: State) -> bytes | None:
@@ -76,7 +76,7 @@ def main() -> None:
         nonlocal begun
         if not begun:
             begun = True
-            print("first", time.time(), flush=True)
+            print("first", time.time(), time.process_time(), flush=True)
         pair, partition = read(value), message_context().partition
         store = sdf.processing_context.checkpoint.get_store_transaction(stream_id=sdf.stream_id, partition=partition)
         known, cells = store.as_state(prefix=b"known"), store.as_state(prefix=b"cell")
