@@ -20,6 +20,7 @@ from state.errors import BadSetting
 BLOCK_MAX = 100
 
 _cell_of_block = struct.Struct(">QIIIQ").pack
+_hashes_of_block = [struct.Struct(f">{q}Q") for q in range(BLOCK_MAX + 1)]
 
 
 class Ratio(NamedTuple):
@@ -77,7 +78,7 @@ def kept_positions(seed: int, epoch: int, partition: int, cluster: int, block: i
         return (1 << q) - 1
     stream = hashlib.shake_128(_cell_of_block(seed, epoch, partition, cluster, block)).digest(8 * q)
     if p == 1:
-        hashes = [stream[i : i + 8] for i in range(0, 8 * q, 8)]
+        hashes = _hashes_of_block[q].unpack(stream)
         return 1 << hashes.index(min(hashes))
     order = sorted(range(q), key=lambda i: stream[8 * i : 8 * i + 8])
     return sum(1 << i for i in order[:p])
