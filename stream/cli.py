@@ -155,7 +155,8 @@ def consume(
         float, typer.Option(help="Seconds after which the group gives a silent worker's partitions away.", min=6)
     ] = 45.0,
     decode_threads: Annotated[
-        int | None, typer.Option(help="Threads that decode images.  [default: one a core; one in all with --model null]", min=1)
+        int | None,
+        typer.Option(help="Threads that decode images.  [default: one a core; one in all with --model null]", min=1),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda[:N].  [default: a GPU where there is one]")] = None,
     metrics_host: Annotated[str, typer.Option(help="Address that serves /metrics, /healthz and /readyz.")] = "0.0.0.0",  # noqa: S104
