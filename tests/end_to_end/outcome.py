@@ -6,7 +6,8 @@ Each way to be wrong has a name, and `anomalies` counts them (Jepsen's manner).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from stream.stream_view import (
     whole,
 )
 from stream.topics import StreamTopics
+from tests.end_to_end.checker import StoreContent
 
 NAMES = {
     Fate.KEPT: "kept",
@@ -217,3 +219,18 @@ def stores_of(folders: Sequence[Path], partitions: int) -> dict[int, dict[bytes,
                 if position >= found.get(p, (0, {}))[0]:
                     found[p] = (position, dict(store.items()))
     return {p: content for p, (_, content) in found.items()}
+
+
+@contextmanager
+def local_stores(folders: Iterable[Path], partitions: int) -> Iterator[list[StoreContent]]:
+    """The stores that workers have left in their state directories, open for the checker."""
+    contents = []
+    with ExitStack() as opened:
+        for path in (folder / f"partition-{p}" for folder in folders for p in range(partitions)):
+            if path.exists():
+                store = opened.enter_context(PartitionStore(path))
+                number = int(path.name.rpartition("-")[2])
+                contents.append(
+                    StoreContent(number, store.changelog_position or 0, dict(store.items()), store.known_offset)
+                )
+        yield contents

@@ -6,47 +6,70 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from stream.broker import LocalBroker
 from stream.kafka import Connection
-from tests.end_to_end.dying_worker import MOMENTS
-from tests.end_to_end.outcome import NO_ANOMALY, create_topic, outcome_of, pairs, processed, send, stores_of
+from tests.end_to_end.checker import Findings
+from tests.end_to_end.crash import Stand, died_of, revoked_life
+from tests.end_to_end.outcome import NO_ANOMALY, create_topic, outcome_of, pairs, processed, send
 from tests.end_to_end.worker_process import WorkerProcess, null_worker, until, worker
 
-ENTRY = str(Path(__file__).with_name("dying_worker.py"))
+
+@pytest.fixture(scope="module")
+def stand(broker: LocalBroker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
+    where = Stand(broker, tmp_path_factory.mktemp("crash"))
+    yield where
+    where.close()
 
 
-@pytest.mark.parametrize("keeps_its_directory", [True, False], ids=["with-its-directory", "without-it"])
-def test_killed_at_each_step_of_a_commit_the_set_is_the_batch_reference_s(
-    kafka: Connection, name: str, tmp_path: Path, keeps_its_directory: bool
+# (step, the how many-th of its kind): one window of each kind; `make crash` goes through all of them.
+COMMIT = [
+    ("before begin_transaction", 1), ("after begin_transaction", 1), ("after produce", 1), ("after produce", 12),
+    ("after flush", 1), ("before send_offsets_to_transaction", 1), ("after send_offsets_to_transaction", 1),
+    ("before commit_transaction", 1), ("after commit_transaction", 1), ("after apply", 1), ("before close", 1),
+]  # fmt: skip
+RESTORE = [
+    ("after producer", 1), ("after rmtree", 1), ("after init", 2), ("read a batch in read_partition", 2), ("after apply", 2),
+    ("after where_to_go_on", 1), ("before start", 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("windows", "keeps_its_directory"), [(COMMIT, True), (RESTORE, False)], ids=["commit", "restore-from-nothing"]
+)
+def test_killed_in_each_kind_of_window_the_set_is_the_batch_reference_s(
+    stand: Stand, windows: list[tuple[str, int]], keeps_its_directory: bool
 ) -> None:
-    # given: a worker that is killed at one step after the other, each time a few transactions further
-    create_topic(kafka, name)
-    send(kafka, name, pairs(1100))
-    state = tmp_path / "state"
-    arguments = null_worker(kafka, name, state, "--ratio", "1/3", "--instance-id", "the-one")
-    for moment in MOMENTS:
-        nth = 40 if moment == "produce" else 3
-        with worker(arguments, tmp_path / "log", entry=(ENTRY, moment, str(nth))) as dying:
-            assert dying.wait() == -signal.SIGKILL, dying.log
-        if not keeps_its_directory:
-            shutil.rmtree(state)
+    # given: a stream that has something to lose
+    stream = stand.stream()
+    stream.feed()
+    stream.live_through()
+    stream.feed()
 
-    # when: the last one gets through
-    with worker([*arguments, "--stop-at-end"], tmp_path / "log") as last:
-        last.finish()
+    # when: each worker takes over from the one before it, and dies a window further
+    for step, nth in windows:
+        if not keeps_its_directory:
+            shutil.rmtree(stream.state)
+        life = stream.live(nth, at=step)
+        assert died_of(life, stream) == step
+        if "after commit_transaction" in life.steps:
+            stream.feed()
+    stream.live_through()
 
     # then
-    outcome = outcome_of(kafka, name)
-    assert outcome.anomalies() == NO_ANOMALY
-    assert outcome.view.totals.read == 1100
-    # and the store that went through all of it is the one that a restore makes
-    with worker([*null_worker(kafka, name, tmp_path / "fresh", "--ratio", "1/3", "--instance-id", "the-one"),
-                 "--stop-at-end"], tmp_path / "log") as fresh:  # fmt: skip
-        fresh.finish()
-    assert stores_of([state], 2) == stores_of([tmp_path / "fresh"], 2)
+    assert stream.findings().lines() == Findings().lines()
+
+
+@pytest.mark.parametrize("step", ["before on_revoke", "after send_offsets_to_transaction", "before revoked"])
+def test_killed_while_a_partition_is_taken_from_it_nothing_is_lost(stand: Stand, step: str) -> None:
+    stream = stand.stream()
+    stream.feed()
+    assert died_of(revoked_life(stream, 1, at=step), stream) == step
+    assert stream.findings().lines() == Findings().lines()
 
 
 def test_two_workers_killed_at_random_times_leave_the_set_of_the_batch_reference(
