@@ -59,10 +59,17 @@ bench: setup .build/quix-venv/ready ## the engine against Quix Streams and a pla
 	.build/quix-venv/bin/pip install --quiet 'quixstreams==3.28.1' 'fastavro==1.13.1'
 	@touch $@
 
+crash: setup ## kill a worker in every window there is; resumes, writes docs/crash-windows.md after each unit
+	$(BIN)/python -m tests.end_to_end.crash
+
+SOAK_SECONDS ?= 1200
+soak: setup ## a storm of crashes, freezes, rebalances and broker restarts (SOAK_SECONDS=120 shortens it); writes docs/storm.md
+	$(BIN)/python -m tests.end_to_end.storm --seconds $(SOAK_SECONDS)
+
 memory: setup ## a worker's anonymous memory after 10,000 and after 100,000 records
 	$(BIN)/python benchmarks/worker_memory.py
 
 clean: ## remove what demo and tests left behind; the environment and Kafka's jars stay
 	rm -rf demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help demo test check tests setup kafka corpus sample-bundle bench memory clean
+.PHONY: help demo test check tests setup kafka corpus sample-bundle bench memory crash soak clean

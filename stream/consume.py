@@ -30,6 +30,7 @@ from stream.allocator import bound_heaps
 from stream.broker_errors import Course, course_of
 from stream.bundles import find_bundle
 from stream.errors import Fenced, Stopped, TldrError, Unavailable
+from stream.group_gap import GapWatch
 from stream.kafka import RECORD_BYTES_MAX, Connection, create_missing, partition_count, topic_id, topic_setting
 from stream.metrics import HealthServer, Metrics
 from stream.raw_format import raw_reader
@@ -341,6 +342,7 @@ def _run(
         options.buffer_mb << 20,
         metrics,
         new_producer,
+        GapWatch(connection, group, options.topic, settings.partition_count).found,
     )
     server = HealthServer(
         metrics, options.metrics_host, options.metrics_port, lambda: worker.healthy, lambda: worker.ready

@@ -83,6 +83,7 @@ class Worker:
         buffer_bytes: int,
         metrics: Metrics,
         new_producer: Callable[[], Producer],
+        group_has_gap: Callable[[], bool],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.consumer, self.topic, self.using, self.outlet = consumer, topic, using, outlet
@@ -91,6 +92,8 @@ class Worker:
         self.assignment = Assignment(self.intake, restore, self._restored)
         self._adopt = adopt
         self._new_producer = new_producer
+        self._group_has_gap = group_has_gap
+        self._joined_again = 0
         self._clock = clock
         self._effects = Effects()
         self._effects_since: float | None = None
@@ -129,9 +132,7 @@ class Worker:
     def run(self) -> None:
         """Works until `stop`. Raises Fenced, DataLoss, Stopped or TldrError where it cannot go on."""
         try:
-            self.consumer.subscribe(
-                [self.topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
-            )
+            self._subscribe([self.topic])
             while not self._stopping.is_set():
                 self._turn()
             log.info("draining")
@@ -144,6 +145,17 @@ class Worker:
         finally:
             self._close()
 
+    def _subscribe(self, topics: list[str]) -> None:
+        self.consumer.subscribe(topics, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
+
+    def _join_again(self) -> None:
+        """Makes the group look again at who has what: telling it of a partition that we hold now starts a rebalance."""
+        log.warning("a partition of %s belongs to no member of the group: joining it again", self.topic)
+        self._joined_again += 1
+        # librdkafka joins again only if the subscription reads differently: the same topic, as a name and as a pattern.
+        pattern = f"^{self.topic.replace('.', '[.]')}$"
+        self._subscribe([self.topic, pattern] if self._joined_again % 2 else [self.topic])
+
     def _turn(self) -> None:
         self._turned_at = self._clock()
         self.intake.poll(self._poll_wait_s())
@@ -153,6 +165,8 @@ class Worker:
             # What there is of it is settled; the restore then finds the gap, and says so or passes over it.
             self._settle()
             self.assignment.restore_again(self.intake.out_of_range)
+        if self.assignment.joined and self._group_has_gap():
+            self._join_again()
         self.assignment.start_restored()
         if self._pending is not None:
             wait([self._pending], PENDING_WAIT_S)
