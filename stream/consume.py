@@ -347,10 +347,10 @@ def _run(
     server = HealthServer(
         metrics, options.metrics_host, options.metrics_port, lambda: worker.healthy, lambda: worker.ready
     )
-    log.info("worker %s of stream %s: metrics on port %d, state in %s", instance, group, server.port, directory.path)
     faulthandler.register(signal.SIGUSR1)  # a worker that hangs tells where: docs/reference.md
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())
+    log.info("worker %s of stream %s: metrics on port %d, state in %s", instance, group, server.port, directory.path)
     # Pairs are trees: counting references frees them, and a search for cycles among a second's worth of them took a sixth
     # of the time.
     gc.freeze()

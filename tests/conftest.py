@@ -20,7 +20,8 @@ _counter = itertools.count()
 @pytest.fixture(scope="session")
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalBroker]:
     """A real Kafka, started by the first test that needs one."""
-    server = LocalBroker(tmp_path_factory.mktemp("kafka"))
+    # Sessions of a second, so that a test of what comes after one need not wait for six.
+    server = LocalBroker(tmp_path_factory.mktemp("kafka"), properties={"group.min.session.timeout.ms": "1000"})
     server.start()
     yield server
     server.kill()

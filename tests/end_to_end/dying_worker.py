@@ -36,10 +36,11 @@ class Countdown:
     nth     0: never
     within  counts only while a call with one of these names is under way; empty: always
     at      counts only this step; empty: all of them
+    how     SIGKILL; SIGSTOP makes a zombie, that may wake up
     """
 
-    def __init__(self, nth: int, within: Iterable[str], at: str, report: Path) -> None:
-        self.nth, self.within, self.at = nth, frozenset(within), at
+    def __init__(self, nth: int, within: Iterable[str], at: str, how: int, report: Path) -> None:
+        self.nth, self.within, self.at, self.how = nth, frozenset(within), at, how
         self.count = 0
         self._inside: list[str] = []
         self._report = os.open(report, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
@@ -50,7 +51,7 @@ class Countdown:
             return
         self.count += 1
         if self.count == self.nth:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.how)
 
     def watch(self, owner: Any, name: str, also: Callable[[Any], None] = lambda result: None) -> None:
         """Replaces a function by itself between two steps."""
@@ -101,7 +102,7 @@ class _MortalProducer:
         return getattr(self._producer, name)
 
 
-def _become_mortal(nth: int, within: Iterable[str], at: str, report: Path) -> None:
+def _become_mortal(nth: int, within: Iterable[str], at: str, how: int, report: Path) -> None:
     import stream.consume
     import stream.restore
     from state.partition_store import PartitionStore
@@ -109,7 +110,7 @@ def _become_mortal(nth: int, within: Iterable[str], at: str, report: Path) -> No
     from stream.intake import Intake
     from stream.worker import Worker
 
-    countdown = Countdown(nth, within, at, report)
+    countdown = Countdown(nth, within, at, how, report)
     make_producer = stream.consume._producer
     stream.consume._producer = lambda *args: _MortalProducer(make_producer(*args), countdown)
     for owner, names in (
@@ -142,7 +143,7 @@ def _serve() -> None:
         print(os.waitstatus_to_exitcode(status), flush=True)
 
 
-def _live(arguments: list[str], log: str, nth: int, within: list[str], at: str, report: str) -> None:
+def _live(arguments: list[str], log: str, nth: int, within: list[str], at: str, how: int, report: str) -> None:
     """The life of a child; never returns."""
     status = 1
     try:
@@ -150,7 +151,7 @@ def _live(arguments: list[str], log: str, nth: int, within: list[str], at: str, 
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(out, 1)
         os.dup2(out, 2)
-        _become_mortal(nth, within, at, Path(report))
+        _become_mortal(nth, within, at, how, Path(report))
         sys.argv = ["tldr-stream", *arguments]
         from stream.cli import main as program
 
@@ -188,13 +189,16 @@ class Nursery:
         )
         self.pid = 0
 
-    def begin(self, arguments: list[str], log: Path, *, nth: int = 0, within: Iterable[str] = (), at: str = "") -> None:
+    def begin(
+        self, arguments: list[str], log: Path, *, nth: int = 0, within: Iterable[str] = (), at: str = "",
+        how: int = signal.SIGKILL,
+    ) -> None:  # fmt: skip
         """Starts a worker; it kills itself at its nth step (see Countdown)."""
         self._report = log.with_suffix(".steps")
         self._report.unlink(missing_ok=True)
         request = {
             "arguments": arguments, "log": str(log), "nth": nth, "within": list(within), "at": at,
-            "report": str(self._report),
+            "how": how, "report": str(self._report),
         }  # fmt: skip
         if self._process.stdin is None or self._process.stdout is None:
             raise RuntimeError("the nursery has no pipes")
