@@ -20,8 +20,7 @@ _counter = itertools.count()
 @pytest.fixture(scope="session")
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalBroker]:
     """A real Kafka, started by the first test that needs one."""
-    # Sessions of a second, so that a test of what comes after one need not wait for six.
-    server = LocalBroker(tmp_path_factory.mktemp("kafka"), properties={"group.min.session.timeout.ms": "1000"})
+    server = LocalBroker(tmp_path_factory.mktemp("kafka"))
     server.start()
     yield server
     server.kill()

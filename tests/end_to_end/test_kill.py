@@ -1,11 +1,9 @@
-"""kill -9 at every step of a commit and at random times: nothing lost, nothing counted twice, one caption of every pair."""
+"""kill -9 in each kind of window (`make crash`: in every one): nothing lost, nothing counted twice, one caption of every pair."""
 
 from __future__ import annotations
 
-import random
 import shutil
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from stream.kafka import Connection
 from tests.end_to_end.checker import Findings
 from tests.end_to_end.crash import Stand, died_of, revoked_life
 from tests.end_to_end.outcome import NO_ANOMALY, create_topic, outcome_of, pairs, processed, send
-from tests.end_to_end.worker_process import WorkerProcess, null_worker, until, worker
+from tests.end_to_end.worker_process import null_worker, until, worker
 
 
 @pytest.fixture(scope="module")
@@ -72,36 +70,6 @@ def test_killed_while_a_partition_is_taken_from_it_nothing_is_lost(stand: Stand,
     assert stream.findings().lines() == Findings().lines()
 
 
-def test_two_workers_killed_at_random_times_leave_the_set_of_the_batch_reference(
-    kafka: Connection, name: str, tmp_path: Path
-) -> None:
-    # given
-    dice = random.Random(7)
-    create_topic(kafka, name)
-    arguments = [null_worker(kafka, name, tmp_path / f"state-{n}", "--cell-cap", "12") for n in (0, 1)]
-    running = [WorkerProcess(a, tmp_path / f"{n}.log") for n, a in enumerate(arguments)]
-    try:
-        until(lambda: all(w.partitions == 1 for w in running), "each worker has a partition")
-
-        # when: input goes on while one after the other is killed and comes back with its state directory
-        for round_ in range(4):
-            send(kafka, name, pairs(500, prefix=f"round-{round_}"))
-            time.sleep(dice.uniform(0.0, 0.25))
-            victim = dice.randrange(2)
-            running[victim].kill()
-            running[victim] = WorkerProcess(arguments[victim], tmp_path / f"{victim}.log")
-        until(lambda: processed(kafka, name), "everything is processed")
-        for one in running:
-            one.drain()
-    finally:
-        for one in running:
-            if one.running:
-                one.kill()
-
-    # then
-    assert outcome_of(kafka, name).anomalies() == NO_ANOMALY
-
-
 def test_a_killed_static_member_has_its_partitions_back_long_before_its_session_ends(
     kafka: Connection, name: str, tmp_path: Path
 ) -> None:
@@ -118,8 +86,8 @@ def test_a_killed_static_member_has_its_partitions_back_long_before_its_session_
         took = second.until_it_runs(2)
         second.kill()
 
-    # then: most of it is the start of the process
-    assert took < 20
+    # then: `make restart` measures it
+    assert took < 10
 
 
 def test_a_paused_worker_that_lost_its_partitions_writes_nothing_more_and_joins_again(
