@@ -1,4 +1,4 @@
-"""kill -9 in each kind of window (`make crash`: in every one): nothing lost, nothing counted twice, one caption of every pair."""
+"""kill -9 in each kind of window (`make crash`: in every one): nothing lost, nothing counted twice, one caption a pair."""
 
 from __future__ import annotations
 
