@@ -66,10 +66,13 @@ SOAK_SECONDS ?= 1200
 soak: setup ## a storm of crashes, freezes, rebalances and broker restarts (SOAK_SECONDS=120 shortens it); writes docs/storm.md
 	$(BIN)/python -m tests.end_to_end.storm --seconds $(SOAK_SECONDS)
 
+restart: setup ## how soon a killed worker processes again, and how long a restore takes
+	$(BIN)/python benchmarks/restart.py
+
 memory: setup ## a worker's anonymous memory after 10,000 and after 100,000 records
 	$(BIN)/python benchmarks/worker_memory.py
 
 clean: ## remove what demo and tests left behind; the environment and Kafka's jars stay
 	rm -rf demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help demo test check tests setup kafka corpus sample-bundle bench memory crash soak clean
+.PHONY: help demo test check tests setup kafka corpus sample-bundle bench memory crash soak restart clean

@@ -25,7 +25,7 @@ from state.partition_store import PartitionStore
 from state.quota import Ratio
 from state.settings import StreamSettings
 from stream.broker import LocalBroker, local_broker
-from stream.kafka import Connection, create_missing, end_offsets, group_offsets, topic_id
+from stream.kafka import Connection, create_missing, end_offsets, topic_id
 from stream.records import Codec
 from stream.restore import restore
 from stream.topics import StreamTopics
@@ -56,7 +56,7 @@ def main() -> None:
 def restarts(broker: LocalBroker, folder: Path, kills: int) -> str:
     """Seconds from the start of the process to its first commit, each time."""
     connection = Connection(broker.bootstrap_servers)
-    create_missing(connection, {RAW: {}}, 4)
+    create_missing(connection, {RAW: {}} | StreamTopics(RAW).settings(RECORD_BYTES), 4)
     command = [
         sys.executable, "-m", "stream", "consume", "--topic", RAW, "--model", "null", "--commit-interval-s", "0",
         "--state-dir", f"{folder}/state", "--metrics-port", "0", "--bootstrap-servers", broker.bootstrap_servers,
@@ -88,8 +88,8 @@ def send(connection: Connection, wave: int, count: int) -> None:
 
 
 def committed(connection: Connection) -> dict[int, int]:
-    """The input offsets that are committed."""
-    return group_offsets(connection, RAW, RAW)
+    """Where a read_committed reader of pair-codes ends."""
+    return end_offsets(connection, StreamTopics(RAW).codes, range(4))
 
 
 # -- restore -----------------------------------------------------------------------------------------------------------
