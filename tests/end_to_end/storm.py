@@ -215,7 +215,7 @@ class Storm:
         elif worker is not None:
             worker.kill()
         if fault.kind == "kill_wiped":
-            shutil.rmtree(self._state(number))
+            shutil.rmtree(self._state(number), ignore_errors=True)  # it may not have come to make one
         self.back_at[number] = now + fault.for_s, fault.kind
         self.history.append("fault", fault=fault.kind, worker=number, for_s=round(fault.for_s, 3))
 
