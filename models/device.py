@@ -7,6 +7,7 @@ warns; what it computed is recorded in any case, so that nothing has to be compu
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 
 import torch
 
@@ -29,6 +30,7 @@ def fingerprint(device: torch.device, batch: int) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "tf32": str(torch.backends.cuda.matmul.allow_tf32).lower(),
         "torch": torch.__version__,
+        "onnxruntime": version("onnxruntime"),
         "mkldnn": str(torch.backends.mkldnn.is_available()).lower(),
     }
     if device.type == "cuda":

@@ -2,6 +2,7 @@
 
 The same image then gives the same bits wherever it stands in a batch and however full the batch is: libraries choose
 their kernels by shape, so a fixed shape is a fixed computation. tests/models/test_encoding.py holds it to that.
+The lite encoder on a CPU goes further: it is run image by image (models/lite_graph.py), and only the look-up in batches.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from models.captioner import Captioner
 from models.codebook import look_up
 from models.errors import ShapeError
+from models.lite_encoder import LiteEncoder
+from models.lite_graph import LiteGraph
 from models.model import Pixels
 
 BATCH = 16  # two cores are as fast as with 32, and half as much padding is computed for the last images of a commit
@@ -28,33 +31,47 @@ class PaddedEncoder:
         self.side = captioner.config.side
         self.tokens = captioner.config.tokens
         self.quantiser = captioner.quantiser.to(device).eval()
-        self.encoder = _traced(captioner.encoder, batch, self.side, device)
+        self._width = captioner.config.feature_width
+        self._graph: LiteGraph | None = None
+        if isinstance(captioner.encoder, LiteEncoder) and device.type == "cpu":
+            self._graph = LiteGraph(captioner.encoder, self.side, torch.get_num_threads())
+        else:
+            self._encoder = _traced(captioner.encoder, batch, self.side, device)
 
     @torch.inference_mode()
     def features(self, pixels: Sequence[Pixels]) -> NDArray[np.float32]:
         """(n, L, F) of n images."""
-        parts = [self.encoder(padded)[:count].float().cpu().numpy() for padded, count in self._padded(pixels)]
-        return np.concatenate(parts) if parts else np.empty((0, self.tokens, 0), np.float32)
+        parts = [block[:count].cpu().numpy() for block, count in self._blocks(pixels)]
+        return np.concatenate(parts) if parts else np.empty((0, self.tokens, self._width), np.float32)
 
     @torch.inference_mode()
     def vectors(self, pixels: Sequence[Pixels]) -> NDArray[np.uint16]:
         """(n, L) index vectors of n images."""
         parts = []
-        for padded, count in self._padded(pixels):
-            tokens = self.quantiser.tokens(self.encoder(padded).float())
+        for block, count in self._blocks(pixels):
+            tokens = self.quantiser.tokens(block)
             parts.append(look_up(tokens, self.quantiser.codebook.codes)[:count].cpu().numpy().astype(np.uint16))
         return np.concatenate(parts) if parts else np.empty((0, self.tokens), np.uint16)
 
-    def _padded(self, pixels: Sequence[Pixels]) -> Iterator[tuple[Tensor, int]]:
+    def _blocks(self, pixels: Sequence[Pixels]) -> Iterator[tuple[Tensor, int]]:
+        """Features (batch, L, F) on the device, and how many of them are of images and not padding."""
+        expected = (self.side, self.side, 3)
+        if wrong := [p.shape for p in pixels if p.shape != expected]:
+            raise ShapeError(f"pixels of shape {wrong[0]} for an encoder of {expected}")
         for start in range(0, len(pixels), self.batch):
             part = pixels[start : start + self.batch]
-            block = np.zeros((self.batch, self.side, self.side, 3), np.uint8)
-            for row, one in enumerate(part):
-                if one.shape != block.shape[1:]:
-                    raise ShapeError(f"pixels of shape {one.shape} for an encoder of {block.shape[1:]}")
-                block[row] = one
-            # (B, S, S, 3) seen as (B, 3, S, S) is the channels-last layout that convolutions like best
-            yield torch.from_numpy(block).to(self.device).permute(0, 3, 1, 2).float(), len(part)
+            if self._graph is not None:
+                block = torch.zeros(self.batch, self.tokens, self._width)
+                block[: len(part)] = torch.from_numpy(np.stack(self._graph.features(part)))
+            else:
+                block = self._encoder(self._padded(part)).float()
+            yield block, len(part)
+
+    def _padded(self, pixels: Sequence[Pixels]) -> Tensor:
+        block = np.zeros((self.batch, self.side, self.side, 3), np.uint8)
+        block[: len(pixels)] = np.stack(pixels)
+        # (B, S, S, 3) seen as (B, 3, S, S) is the channels-last layout that convolutions like best
+        return torch.from_numpy(block).to(self.device).permute(0, 3, 1, 2).float()
 
 
 def _traced(encoder: nn.Module, batch: int, side: int, device: torch.device) -> nn.Module:

@@ -24,6 +24,7 @@ WIDTH = 320
 TOKENS = 49
 SIDE = 224
 BATCH_NORM_EPS = 1e-3
+PIXEL_MEAN, PIXEL_SCALE = 127.0, 128.0
 
 
 class FoldedConv(nn.Module):
@@ -75,7 +76,7 @@ class LiteEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, 224, 224) float in [0, 255] → (B, 49, 320)."""
-        x = self.blocks(self.stem((pixels - 127.0) / 128.0))
+        x = self.blocks(self.stem((pixels - PIXEL_MEAN) / PIXEL_SCALE))
         return torch.flatten(x, 2).transpose(1, 2)
 
 

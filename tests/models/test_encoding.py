@@ -6,6 +6,8 @@ import torch
 
 from models.encoding import PaddedEncoder
 from models.errors import ShapeError
+from models.lite_encoder import LiteEncoder
+from models.lite_graph import LiteGraph
 from tests.models.conftest import Small, drawing
 
 BATCH = 4  # a small one, for speed: what is promised is the same
@@ -37,6 +39,23 @@ def test_features_are_the_same_bits_however_full_the_batch_is(
     encoder: PaddedEncoder, pixels: list[np.ndarray], count: int
 ) -> None:
     assert encoder.features(pixels[:count]).tobytes() == encoder.features(pixels[:BATCH])[:count].tobytes()
+
+
+def test_features_are_the_same_bits_with_one_thread_and_with_two(small: Small, pixels: list[np.ndarray]) -> None:
+    assert isinstance(small.captioner.encoder, LiteEncoder)
+
+    one, two = (LiteGraph(small.captioner.encoder, 224, threads).features(pixels) for threads in (1, 2))
+
+    assert np.stack(one).tobytes() == np.stack(two).tobytes()
+
+
+def test_the_graph_computes_what_the_module_computes(
+    small: Small, encoder: PaddedEncoder, pixels: list[np.ndarray]
+) -> None:
+    with torch.inference_mode():
+        slow = small.captioner.encoder(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float()).numpy()
+
+    np.testing.assert_allclose(encoder.features(pixels), slow, rtol=1e-4, atol=1e-4 * np.abs(slow).max())
 
 
 def test_vectors_do_not_depend_on_how_images_are_split_into_calls(
