@@ -1,8 +1,12 @@
-"""Captions from index vectors: greedy, in batches, with cached keys and values (paper §3.2: T_g from quantised tokens).
+"""Captions from image tokens: greedy or by beam search, in batches, with cached keys and values.
 
-With a guidance g other than 1, each word is chosen by log p(w) + g · (log p(w | image) - log p(w)): a corpus full of stock
-phrases makes the plain decoder say them of everything. p(w) is the same decoder's, shown no image (Ho & Salimans 2022).
+As in the paper (§3.2) T_g is generated from the quantised tokens; `generate_from_tokens` also takes the image's own, as the
+authors' code does. With a guidance g other than 1, each word is chosen by log p(w) + g · (log p(w | image) - log p(w)): a
+corpus full of stock phrases makes the plain decoder say them of everything. p(w) is the same decoder's, shown no image
+(Ho & Salimans 2022).
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
 from models.captioner import Captioner
+from models.errors import ShapeError
 from models.vocabulary import MASK, PAD, START, STOP, UNK, Vocabulary
 
 BATCH = 32
@@ -19,60 +24,155 @@ NEVER = -torch.inf
 LEAST = -3.0  # log of a twentieth of the likeliest word's probability (Li et al. 2023, contrastive decoding: a tenth)
 
 
-@torch.inference_mode()
-def generate(
-    captioner: Captioner, vocabulary: Vocabulary, vectors: NDArray[np.uint16], guidance: float | None = None
-) -> list[str]:
-    """One caption a row of `vectors` (n, L). Always at least one piece, no pair of pieces twice, no piece twice in a row.
+@dataclass(frozen=True)
+class Generation:
+    """How captions are generated. Raises ShapeError for what cannot be.
 
-    guidance  the captioner's own where it is None.
+    beams       1 is greedy; more follow that many beginnings at once and take the best by mean log-probability a piece
+    pieces_min  pieces before a caption may end; pieces_max  None: as many as the captioner was trained for
+    ngram       no run of so many pieces comes twice in a caption; no piece ever follows itself
+    guidance    None: the captioner's own
+    cached      keys and values of earlier pieces are kept; without, all is computed again at each step: for tests
     """
-    guidance = captioner.config.guidance if guidance is None else guidance
-    device = captioner.quantiser.codebook.codes.device
+
+    beams: int = 1
+    pieces_min: int = 1
+    pieces_max: int | None = None
+    ngram: int = 2
+    guidance: float | None = None
+    cached: bool = True
+
+    def __post_init__(self) -> None:
+        if self.beams < 1 or self.ngram < 1:
+            raise ShapeError(f"beams={self.beams} and ngram={self.ngram} must be at least 1")
+        if not 1 <= self.pieces_min <= (self.pieces_max or self.pieces_min):
+            raise ShapeError(f"pieces_min={self.pieces_min} must lie between 1 and pieces_max={self.pieces_max}")
+
+
+GREEDY = Generation()
+
+
+def generate(
+    captioner: Captioner, vocabulary: Vocabulary, vectors: NDArray[np.uint16], how: Generation = GREEDY
+) -> list[str]:
+    """One caption a row of `vectors` (n, L), from the quantised tokens (paper). Never empty."""
+    codes = captioner.quantiser.codebook.codes
     captions = []
     for start in range(0, len(vectors), BATCH):
-        rows = torch.from_numpy(vectors[start : start + BATCH].astype(np.int64)).to(device)
-        quantised = F.embedding(rows, captioner.quantiser.codebook.codes)
-        captions += [vocabulary.decode(ids) for ids in _greedy(captioner, quantised, guidance).tolist()]
+        rows = torch.from_numpy(vectors[start : start + BATCH].astype(np.int64)).to(codes.device)
+        captions += generate_from_tokens(captioner, vocabulary, F.embedding(rows, codes), how)
     return captions
 
 
-def _greedy(captioner: Captioner, quantised: Tensor, guidance: float) -> Tensor:
-    """(B, T) piece numbers without the start, padded after the stop."""
-    config = captioner.decoder.bert.config
-    guided = guidance != 1.0
-    seen = captioner.decoder.see(torch.cat([quantised, torch.zeros_like(quantised)]) if guided else quantised)
-    # a fresh cache a call: transformers 5 crashes without one and mixes images up with a used one
-    cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
-    rows = torch.arange(len(quantised), device=quantised.device)
-    said = torch.full((len(quantised), 1), START, device=quantised.device)
-    done = torch.zeros(len(quantised), dtype=torch.bool, device=quantised.device)
-    for step in range(captioner.config.caption_pieces_max):
-        last = said[:, -1:].repeat(2, 1) if guided else said[:, -1:]
-        logits = captioner.decoder.logits(last, seen, cache)[:, -1]
-        if guided:
-            shown, blind = logits.log_softmax(-1).chunk(2)
-            logits = blind + guidance * (shown - blind)
-            # what the decoder would hardly say of this image must not win by being even rarer without it
-            logits = logits.masked_fill(shown < shown.max(-1, keepdim=True).values + LEAST, NEVER)
-        logits[:, [PAD, UNK, START, MASK]] = NEVER
-        if step == 0:
-            logits[:, STOP] = NEVER
-        _forbid_repetition(logits, said)
-        chosen = torch.where(done, PAD, logits.argmax(-1))
-        said = torch.cat([said, chosen[:, None]], 1)
-        done |= said[rows, -1] == STOP
-        if bool(done.all()):
-            break
-    return said[:, 1:]
+@torch.inference_mode()
+def generate_from_tokens(
+    captioner: Captioner, vocabulary: Vocabulary, tokens: Tensor, how: Generation = GREEDY
+) -> list[str]:
+    """One caption a row of `tokens` (B, L, D): quantised ones, or the image's own (`Quantiser.tokens`) where the captioner
+    was trained on those.
+    """
+    return [vocabulary.decode(pieces) for pieces in _Search(captioner, how).captions(tokens)]
 
 
-def _forbid_repetition(logits: Tensor, said: Tensor) -> None:
-    """No piece directly after itself, and none that would complete a pair of pieces said before."""
-    last = said[:, -1]
-    logits.scatter_(1, last[:, None], NEVER)
-    for earlier in range(1, said.shape[1] - 1):
-        again = (said[:, earlier] == last).nonzero().ravel()
-        follower = said[again, earlier + 1]
-        keep = follower > MASK  # a stop may always come
-        logits[again[keep], follower[keep]] = NEVER
+class _Search:
+    """Beam search over a batch of images. A beam of one is greedy decoding."""
+
+    def __init__(self, captioner: Captioner, how: Generation) -> None:
+        self.decoder = captioner.decoder
+        self.how = how
+        self.pieces_max = min(
+            how.pieces_max or captioner.config.caption_pieces_max, captioner.config.caption_pieces_max
+        )
+        self.guidance = captioner.config.guidance if how.guidance is None else how.guidance
+
+    def captions(self, tokens: Tensor) -> list[list[int]]:
+        """Piece numbers of each image's best caption. Images whose beams have all ended leave the batch."""
+        found: list[list[int]] = [[] for _ in tokens]
+        if not found:
+            return found
+        images, beams = torch.arange(len(tokens), device=tokens.device), self.how.beams
+        self._look(tokens.repeat_interleave(beams, 0))
+        said = torch.full((len(tokens), beams, 1), START, device=tokens.device)
+        scores = torch.full((len(tokens), beams), NEVER, device=tokens.device)
+        scores[:, 0] = 0.0  # all beams begin alike: one of them counts
+        for step in range(self.pieces_max):
+            said, scores = self._extended(said, scores, step)
+            ended = (said == STOP).any(-1)
+            last = step + 1 == self.pieces_max
+            for row in range(len(images)):
+                if last or bool(ended[row].all()):
+                    found[int(images[row])] = _best(said[row], scores[row])
+            going = (~ended.all(-1)).nonzero().ravel()
+            if last or not len(going):
+                break
+            if len(going) < len(images):
+                images, said, scores = images[going], said[going], scores[going]
+                self._keep((going[:, None] * beams + torch.arange(beams, device=going.device)).ravel())
+        return found
+
+    def _extended(self, said: Tensor, scores: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """The best beginnings (n, beams, T + 1) that continue those of `said`, with their log-probabilities."""
+        count, beams, length = said.shape
+        flat = said.flatten(0, 1)
+        ended = (flat == STOP).any(-1)
+        forbidden = _repeated(flat, self.how.ngram, self.decoder.bert.config.vocab_size)
+        forbidden[:, [PAD, UNK, START, MASK]] = True
+        forbidden[:, STOP] = step < self.how.pieces_min
+        gained = self._log_probabilities(flat, forbidden)
+        gained = gained.masked_fill(ended[:, None], NEVER)
+        gained[ended, PAD] = 0.0
+        total = (scores.flatten()[:, None] + gained).view(count, -1)
+        scores, chosen = (total.max(-1, keepdim=True)) if beams == 1 else total.topk(beams, -1)
+        parent = torch.div(chosen, gained.shape[-1], rounding_mode="floor")
+        if beams > 1:
+            offsets = torch.arange(count, device=parent.device)[:, None] * beams
+            self._keep((parent + offsets).ravel())
+        before = said.gather(1, parent[..., None].expand(-1, -1, length))
+        return torch.cat([before, (chosen % gained.shape[-1])[..., None]], -1), scores
+
+    def _log_probabilities(self, said: Tensor, forbidden: Tensor) -> Tensor:
+        """(B, V) of the next piece; -inf for what must not come."""
+        doubled = said.repeat(2, 1) if self._guided else said
+        inputs = doubled if self.cache is None else doubled[:, -1:]
+        logits = self.decoder.logits(inputs, self.seen, self.cache)[:, -1].float().log_softmax(-1)
+        if not self._guided:
+            return logits.masked_fill(forbidden, NEVER)
+        shown, blind = logits.chunk(2)
+        shown = shown.masked_fill(forbidden, NEVER)
+        guided = (blind + self.guidance * (shown - blind)).log_softmax(-1)
+        # what the decoder would hardly say of this image must not win by being even rarer without it
+        return guided.masked_fill(shown < shown.max(-1, keepdim=True).values + LEAST, NEVER)
+
+    def _look(self, tokens: Tensor) -> None:
+        self._guided = self.guidance != 1.0
+        self.seen = self.decoder.see(torch.cat([tokens, torch.zeros_like(tokens)]) if self._guided else tokens)
+        config = self.decoder.bert.config
+        # a fresh cache a call: transformers 5 crashes without one and mixes images up with a used one
+        fresh = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+        self.cache = fresh if self.how.cached else None
+
+    def _keep(self, rows: Tensor) -> None:
+        """Beams at these places are continued, in this order; of images that ended nothing more is computed."""
+        if self._guided:
+            rows = torch.cat([rows, rows + len(self.seen[0]) // 2])
+        self.seen = (self.seen[0][rows], None if self.seen[1] is None else self.seen[1][rows])
+        if self.cache is not None:
+            self.cache.reorder_cache(rows)
+
+
+def _best(said: Tensor, scores: Tensor) -> list[int]:
+    """The beam with the highest log-probability a piece, without start and stop."""
+    lengths = (said[:, 1:] != PAD).sum(-1)
+    pieces: list[int] = said[(scores / lengths).argmax(), 1:].tolist()
+    return [p for p in pieces if p not in (PAD, STOP)]
+
+
+def _repeated(said: Tensor, ngram: int, vocabulary: int) -> Tensor:
+    """(B, V) pieces that would follow themselves, or complete a run of `ngram` pieces that was said before."""
+    forbidden = torch.zeros(len(said), vocabulary, dtype=torch.bool, device=said.device)
+    forbidden.scatter_(1, said[:, -1:], True)
+    context = ngram - 1
+    for follower in range(1 + context, said.shape[1]):
+        same = (said[:, follower - context : follower] == said[:, said.shape[1] - context :]).all(-1)
+        forbidden[same.nonzero().ravel(), said[same, follower]] = True
+    return forbidden

@@ -3,11 +3,13 @@
 from dataclasses import replace
 from itertools import pairwise
 
+import pytest
 import torch
 
 from models.captioner import PAPER, Captioner
-from models.captioning import generate
-from models.vocabulary import PAD, START, STOP
+from models.captioning import Generation, generate, generate_from_tokens
+from models.errors import ShapeError
+from models.vocabulary import MASK, PAD, START, STOP
 from tests.models.conftest import CAPTIONS, Small
 
 
@@ -33,7 +35,7 @@ def test_cached_greedy_decoding_says_what_an_uncached_loop_says(small: Small) ->
                 said.append(int(logits.argmax()))
         expected.append(small.vocabulary.decode(said))
 
-    assert generate(small.captioner, small.vocabulary, small.vectors, guidance=1.0) == expected
+    assert generate(small.captioner, small.vocabulary, small.vectors, Generation(guidance=1.0)) == expected
 
 
 def test_a_caption_is_never_empty_and_never_stutters(small: Small) -> None:
@@ -43,6 +45,73 @@ def test_a_caption_is_never_empty_and_never_stutters(small: Small) -> None:
         words = caption.split()
         pairs = list(pairwise(words))
         assert words and all(a != b for a, b in pairs) and len(set(pairs)) == len(pairs)
+
+
+@pytest.mark.parametrize("how", [Generation(beams=3), Generation(beams=3, guidance=1.0, pieces_min=3)])
+def test_cached_beams_say_what_uncached_ones_say(small: Small, how: Generation) -> None:
+    uncached = generate(small.captioner, small.vocabulary, small.vectors, replace(how, cached=False))
+
+    assert generate(small.captioner, small.vocabulary, small.vectors, how) == uncached
+
+
+def test_a_caption_has_at_least_and_at_most_as_many_pieces_as_asked_for(small: Small) -> None:
+    long = generate(small.captioner, small.vocabulary, small.vectors, Generation(pieces_min=6))
+    short = generate(small.captioner, small.vocabulary, small.vectors, Generation(pieces_max=2, beams=2))
+
+    assert all(len(p) >= 6 for p in small.vocabulary.encode(long, 30))
+    assert all(1 <= len(p) <= 2 for p in small.vocabulary.encode(short, 30))
+
+
+def test_no_piece_comes_twice_where_single_pieces_may_not_repeat(small: Small) -> None:
+    for caption in generate(
+        small.captioner, small.vocabulary, small.vectors, Generation(ngram=1, pieces_min=6, beams=2)
+    ):
+        pieces = small.vocabulary.encode([caption], 30)[0]
+        assert len(set(pieces)) == len(pieces)
+
+
+def test_an_image_s_caption_does_not_depend_on_who_leaves_the_batch_before_it(small: Small) -> None:
+    together = generate(small.captioner, small.vocabulary, small.vectors, Generation(beams=2))
+
+    assert [
+        generate(small.captioner, small.vocabulary, v[None], Generation(beams=2))[0] for v in small.vectors
+    ] == together
+
+
+def test_more_beams_never_find_a_less_likely_caption_than_one_of_two_words(small: Small) -> None:
+    """Against every caption of two pieces: a beam as wide as the vocabulary is an exhaustive search."""
+    captioner, codes = small.captioner, small.captioner.quantiser.codebook.codes
+    seen = captioner.decoder.see(codes[torch.from_numpy(small.vectors[:1].astype(int))])
+    words = range(MASK + 1, len(small.vocabulary))
+    with torch.inference_mode():
+        first = captioner.decoder.logits(torch.tensor([[START]]), seen)[0, -1].log_softmax(-1)
+        second = torch.stack(
+            [captioner.decoder.logits(torch.tensor([[START, w]]), seen)[0, -1].log_softmax(-1) for w in words]
+        )
+    pairs = {(a, b): float(first[a] + second[i, b]) for i, a in enumerate(words) for b in words if a != b}
+
+    said = generate(
+        captioner, small.vocabulary, small.vectors[:1],
+        Generation(beams=len(small.vocabulary), guidance=1.0, pieces_min=2, pieces_max=2),
+    )  # fmt: skip
+
+    assert said == [small.vocabulary.decode(max(pairs, key=pairs.__getitem__))]
+
+
+def test_captions_come_from_the_image_s_own_tokens_too(small: Small) -> None:
+    codes = small.captioner.quantiser.codebook.codes
+    quantised = codes[torch.from_numpy(small.vectors.astype(int))]
+
+    from_codes = generate_from_tokens(small.captioner, small.vocabulary, quantised)
+    nearby = generate_from_tokens(small.captioner, small.vocabulary, quantised + 1e-5)
+
+    assert from_codes == nearby == generate(small.captioner, small.vocabulary, small.vectors)
+
+
+@pytest.mark.parametrize("wrong", [{"beams": 0}, {"pieces_min": 5, "pieces_max": 4}, {"ngram": 0}])
+def test_a_generation_that_cannot_be_is_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ShapeError):
+        Generation(**wrong)
 
 
 def test_the_paper_s_architecture_is_built_by_the_same_code_and_learns_end_to_end() -> None:
