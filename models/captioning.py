@@ -157,7 +157,7 @@ class _Search:
             rows = torch.cat([rows, rows + len(self.seen[0]) // 2])
         self.seen = (self.seen[0][rows], None if self.seen[1] is None else self.seen[1][rows])
         if self.cache is not None:
-            self.cache.reorder_cache(rows)
+            self.cache.reorder_cache(rows)  # type: ignore[arg-type]
 
 
 def _best(said: Tensor, scores: Tensor) -> list[int]:

@@ -146,6 +146,12 @@ def consume(
         float, typer.Option(help="Most seconds for one of three attempts to fetch an image.", min=0.1)
     ] = 10.0,
     joiner: Annotated[str, typer.Option(help="What stands between T_o and T_g in a refined caption.")] = " ",
+    caption_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Shorten T_o so that T_g lies within so many words, as a trainer cuts.  [default: whole]", min=1
+        ),
+    ] = None,
     commit_interval_s: Annotated[float, typer.Option(help="Seconds between transactions.", min=0.0)] = 1.0,
     batch_pairs: Annotated[
         int | None, typer.Option(help="Raw records of one batch.  [default: the encoder's batch]", min=1)
@@ -213,6 +219,7 @@ def consume(
             fetch_bytes_max=fetch_bytes_max,
             fetch_timeout_s=fetch_timeout_s,
             joiner=joiner,
+            caption_tokens=caption_tokens,
             commit_interval_s=commit_interval_s,
             batch_pairs=batch_pairs,
             buffer_mb=buffer_mb,

@@ -94,6 +94,7 @@ class ConsumeOptions:
     fetch_bytes_max: int = 32 * 1024 * 1024
     fetch_timeout_s: float = 10.0
     joiner: str = " "
+    caption_tokens: int | None = None
     commit_interval_s: float = 1.0
     batch_pairs: int | None = None
     buffer_mb: int = 64
@@ -152,6 +153,7 @@ def consume(options: ConsumeOptions) -> None:
                 joiner=options.joiner,
                 kept_bytes_max=kept_bytes,
                 topic=topic,
+                caption_tokens=options.caption_tokens,
             )
             _run(options, settings, using, Codec("PairCodes", registry=registry), topics, directory, metrics)
 

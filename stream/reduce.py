@@ -154,6 +154,7 @@ class Reduction:
     kept_bytes_max: int
     topic: str
     clock: Callable[[], float] = time.monotonic
+    caption_tokens: int | None = None  # words of a refined caption that a trainer reads, None: all
 
 
 class _Seen(NamedTuple):
@@ -293,7 +294,8 @@ def reduce_batch(
         rows = [row for _, row, _, _ in to_keep]
         generated = using.model.caption(vectors[rows])
         captions = [
-            refine(_raw(steps[i]).caption, text, using.joiner) for (i, *_), text in zip(to_keep, generated, strict=True)
+            refine(_raw(steps[i]).caption, text, using.joiner, using.caption_tokens)
+            for (i, *_), text in zip(to_keep, generated, strict=True)
         ]
         refined_itms = using.model.match(vectors[rows], captions).tolist()
         for at, (i, row, decision, place) in enumerate(to_keep):

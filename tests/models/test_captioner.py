@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_more_beams_never_find_a_less_likely_caption_than_one_of_two_words(small
         Generation(beams=len(small.vocabulary), guidance=1.0, pieces_min=2, pieces_max=2),
     )  # fmt: skip
 
-    assert said == [small.vocabulary.decode(max(pairs, key=pairs.__getitem__))]
+    assert said == [small.vocabulary.decode(list(max(pairs, key=lambda p: pairs[p])))]
 
 
 def test_captions_come_from_the_image_s_own_tokens_too(small: Small) -> None:
@@ -109,7 +110,7 @@ def test_captions_come_from_the_image_s_own_tokens_too(small: Small) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"beams": 0}, {"pieces_min": 5, "pieces_max": 4}, {"ngram": 0}])
-def test_a_generation_that_cannot_be_is_refused(wrong: dict[str, int]) -> None:
+def test_a_generation_that_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ShapeError):
         Generation(**wrong)
 
