@@ -17,12 +17,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from models.blip_matching import BlipScorer
 from models.bundle import read_files
 from models.captioner import Captioner
 from models.clustering import FORMS, fit
+from models.device import choose_device
 from models.errors import ModelError
 from models.evaluation import auc, rate_by_family, wins
+from models.images import decode
 from models.loaded import CaptionerParts, LoadedModel
+from models.matching import text_agreement
 from models.model import Vectors
 from models.refine import refine, survives
 from models.text_embeddings import TextEncoder, packaged_text_encoder
@@ -32,7 +36,7 @@ PARTITIONS = 2  # of the demo
 CAPTION_TOKENS = 30  # the authors' loader drops what stands behind
 
 
-def evaluate(bundle: Path, shards: Sequence[Path], seed: int) -> list[str]:
+def evaluate(bundle: Path, shards: Sequence[Path], seed: int, blip: Path | None = None) -> list[str]:
     """The figures as lines of Markdown."""
     manifest, contents = read_files(bundle)
     parts = CaptionerParts.of(manifest, contents)
@@ -52,6 +56,7 @@ def evaluate(bundle: Path, shards: Sequence[Path], seed: int) -> list[str]:
     matching = time.perf_counter() - started
 
     encoder = TextEncoder(packaged_text_encoder())
+    refined = [refine(o, g) for o, g in zip(captions, generated, strict=True)]
     own, said = encoder.embed(captions), encoder.embed(generated)
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(len(captions))
@@ -83,6 +88,10 @@ def evaluate(bundle: Path, shards: Sequence[Path], seed: int) -> list[str]:
         "|---|---|",
         f"| ITM: AUC against shuffled captions | {auc(scores, negatives):.3f} |",
         f"| … of the captioner's likelihood ratio, which costs two passes of the decoder | {ratio_auc:.3f} |",
+        f"| … of a BLIP ITM checkpoint | {_blip_auc(blip, images, captions, shuffled)} |",
+        f"| … of the agreement of T_o and T_g in text space (SIEVE) | "
+        f"{auc(text_agreement(own, said), text_agreement(own[shuffled], said)):.3f} |",
+        f"| ITM: median of the refined captions | {np.median(model.match(vectors, refined)):.3f} |",
         f"| ITM: median of the captions as found, of shuffled ones | {np.median(scores):.3f}, {np.median(negatives):.3f} |",
         f"| perplexity of the held-out captions, per word piece | {perplexity:.1f} |",
         f"| unknown pieces in the held-out captions | {unknown:.2%} |",
@@ -113,6 +122,15 @@ def evaluate(bundle: Path, shards: Sequence[Path], seed: int) -> list[str]:
     return lines + [
         f"| {_cell(titles[i])} | {_cell(captions[i])} | {_cell(generated[i])} | {scores[i]:.2f} |" for i in drawn
     ]
+
+
+def _blip_auc(folder: Path | None, images: Sequence[bytes], captions: Sequence[str], shuffled: np.ndarray) -> str:
+    if folder is None:
+        return "not measured: no checkpoint was given"
+    scorer = BlipScorer(folder, choose_device())
+    pixels = [decode(i, scorer.side) for i in images]
+    others = [captions[i] for i in shuffled]
+    return f"{auc(scorer.scores(pixels, captions), scorer.scores(pixels, others)):.3f}"
 
 
 def _surviving(captions: Sequence[str], generated: Sequence[str], words_max: int | None) -> float:
@@ -200,12 +218,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--shards", type=Path, nargs="+", required=True, help="held-out WebDataset shards of corpus.build"
     )
     parser.add_argument("--out", type=Path, help="file for the figures; they are printed in any case")
+    parser.add_argument("--blip", type=Path, help="folder of a BLIP ITM checkpoint, to compare with")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffles and the resampling")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     try:
-        lines = evaluate(options.bundle, options.shards, options.seed)
+        lines = evaluate(options.bundle, options.shards, options.seed, options.blip)
     except ModelError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

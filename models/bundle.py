@@ -47,6 +47,17 @@ class Manifest:
         """Whether it has clusters: a captioner that `train` wrote has none yet."""
         return "clusters.safetensors" in self.data["files"]
 
+    @property
+    def unfit_for_streams(self) -> str | None:
+        """Why no worker can use its clusters; None where one can."""
+        feature = self.data.get("clustering", {}).get("feature", "codes")
+        if feature == "codes":
+            return None
+        return (
+            f"clusters of the feature {feature} cannot serve a stream, which records code indices and decides by them "
+            "alone: run `tldr-stream bootstrap --feature codes`"
+        )
+
 
 def read_manifest(path: Path | str) -> Manifest:
     """The manifest of the bundle folder `path`, its own hash checked (the files' hashes are not).

@@ -5,7 +5,9 @@ numbered; forms other than "raw" do not. Assignment is a pure function of one ro
 in float64, whose sums and products stay below 2**53 and are therefore exact in whatever order a library adds them up.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,11 @@ from models.errors import BundleError, CorpusError
 FORMS = ("raw", "pca", "histogram", "mean")
 PCA_WIDTH = 64  # the authors' code: PCA with whitening and L2 before K-Means
 ITERATIONS = 25
+STARTS = 3
+ROWS_PER_CLUSTER = 39  # Faiss's own least number of points a centroid
+MEMORY_BYTES = (
+    1 << 30
+)  # of the features that K-Means holds: 87,000 rows of histograms of 3,000 codes, a million of means
 ROWS_AT_ONCE = 1024
 
 # What one unit of a feature is worth in the integer grid of each form. All bounds below hold for L ≤ 1024, K ≤ 65,536.
@@ -67,30 +74,115 @@ class Clustering:
         return unit
 
 
-def fit(
-    vectors: NDArray[np.uint16], codebook: NDArray[np.float32], clusters: int, form: str = "mean", seed: int = 0
-) -> Clustering:
-    """K-Means of the index vectors (n, L) in that form. Raises CorpusError where there are fewer vectors than clusters."""
-    import faiss
+@dataclass(frozen=True)
+class Fit:
+    """A clustering, and how well it fits the rows that it was given.
 
+    rows_fitted  the uniform sample that K-Means saw; inertia  mean squared distance to the centroid over all rows, in units
+    of the features' own variance; occupancy  (N,) rows of each cluster.
+    """
+
+    clustering: Clustering
+    rows_fitted: int
+    inertia: float
+    occupancy: NDArray[np.int64]
+
+
+def fit(
+    vectors: NDArray[np.uint16], codebook: NDArray[np.float32], clusters: int, form: str = "mean", seed: int = 0,
+    memory_bytes: int = MEMORY_BYTES,
+) -> Clustering:  # fmt: skip
+    """K-Means of the index vectors (n, L) in that form; the same bytes for the same arguments on one machine.
+
+    memory_bytes  bound of the features that K-Means holds: of more rows than fit, a uniform sample is taken.
+    Raises        CorpusError where there are fewer vectors than clusters.
+    """
     if len(vectors) < clusters:
         raise CorpusError(
             f"{len(vectors)} index vectors cannot make {clusters} clusters: fewer clusters, or a larger shard"
         )
+    sample = vectors[_sample(len(vectors), _rows_max(vectors, codebook, clusters, form, memory_bytes), seed)]
     empty = np.empty((0, 0))
-    centre, axes = _whitening(vectors) if form == "pca" else (empty, empty)
+    centre, axes = _whitening(sample) if form == "pca" else (empty, empty)
     space = Clustering(form, empty, np.rint(codebook.astype(np.float64) * GRID["mean"]), centre, axes)
-    features = np.concatenate(
-        [space.features(vectors[i : i + ROWS_AT_ONCE]) for i in range(0, len(vectors), ROWS_AT_ONCE)]
-    )
+    mean, scale = _centre_and_scale(space, sample)
     # centred and of unit scale: float32 would pick wrong centroids of vectors with squared norms near 6e8
-    mean, scale = features.mean(0), features.std() + 1e-9
-    kmeans = faiss.Kmeans(
-        features.shape[1], clusters, niter=ITERATIONS, nredo=3, seed=seed, max_points_per_centroid=len(features)
+    features = np.concatenate(
+        [((space.features(part) - mean) / scale).astype(np.float32) for part in _parts(sample)], dtype=np.float32
     )
-    kmeans.train(np.ascontiguousarray((features - mean) / scale, np.float32))
-    centroids = np.rint(np.asarray(kmeans.centroids, np.float64) * scale + mean)
+    centroids = np.rint(kmeans(features, clusters, seed).astype(np.float64) * scale + mean)
     return Clustering(form, centroids, space.codebook, centre, axes)
+
+
+def fit_measured(
+    vectors: NDArray[np.uint16], codebook: NDArray[np.float32], clusters: int, form: str = "mean", seed: int = 0,
+    memory_bytes: int = MEMORY_BYTES,
+) -> Fit:  # fmt: skip
+    """`fit`, and how well it does on all of `vectors`. Raises CorpusError as `fit` does."""
+    clustering = fit(vectors, codebook, clusters, form, seed, memory_bytes)
+    assigned = clustering.assign(vectors)
+    _, scale = _centre_and_scale(clustering, vectors)
+    squares = sum(
+        float((((clustering.features(part) - clustering.centroids[to]) / scale) ** 2).sum())
+        for part, to in zip(_parts(vectors), _parts(assigned), strict=True)
+    )
+    rows = min(len(vectors), _rows_max(vectors, codebook, clusters, form, memory_bytes))
+    return Fit(clustering, rows, squares / len(vectors), np.bincount(assigned, minlength=clusters))
+
+
+def kmeans(features: NDArray[np.float32], clusters: int, seed: int) -> NDArray[np.float32]:
+    """(N, d) centroids by Faiss, on its GPUs where the installed build has any. A cluster that loses all its rows is put
+    beside a large one (Faiss does so in each iteration); one that is empty in the end is left to the caller to report.
+    """
+    import faiss
+
+    gpus = getattr(faiss, "get_num_gpus", lambda: 0)()
+    fitted = faiss.Kmeans(
+        features.shape[1], clusters, niter=ITERATIONS, nredo=STARTS, seed=seed, gpu=gpus > 0,
+        max_points_per_centroid=len(features), min_points_per_centroid=1,
+    )  # fmt: skip
+    fitted.train(np.ascontiguousarray(features))
+    centroids: NDArray[np.float32] = np.asarray(fitted.centroids, np.float32)
+    return centroids
+
+
+def too_small(rows: int, clusters: int) -> str | None:
+    """What to say where `rows` are too few for so many clusters (Faiss asks for 39 a cluster); None where they are enough."""
+    if rows >= ROWS_PER_CLUSTER * clusters:
+        return None
+    return (
+        f"{rows:,} pairs are few for {clusters:,} clusters ({rows / clusters:.1f} each): take {ROWS_PER_CLUSTER * clusters:,} "
+        f"pairs or more, or --clusters {max(1, rows // ROWS_PER_CLUSTER)}"
+    )
+
+
+def _rows_max(
+    vectors: NDArray[np.uint16], codebook: NDArray[np.float32], clusters: int, form: str, memory_bytes: int
+) -> int:
+    """How many rows of float32 features fit into the memory, and never fewer than there are clusters."""
+    tokens = vectors.shape[1]
+    widths = {"raw": tokens, "pca": min(PCA_WIDTH, tokens), "histogram": len(codebook), "mean": codebook.shape[1]}
+    rows: int = memory_bytes // (4 * widths[form])
+    return max(clusters, rows)
+
+
+def _sample(rows: int, most: int, seed: int) -> slice | NDArray[np.int64]:
+    """Which of `rows` rows are fitted: all, or a uniform sample of `most`, in their order."""
+    if rows <= most:
+        return slice(None)
+    return np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
+
+
+def _parts(rows: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    for first in range(0, len(rows), ROWS_AT_ONCE):
+        yield rows[first : first + ROWS_AT_ONCE]
+
+
+def _centre_and_scale(space: Clustering, vectors: NDArray[np.uint16]) -> tuple[Floats, float]:
+    """Mean of the features (d,) and one standard deviation of all their numbers, without holding them all."""
+    mean = sum(space.features(part).sum(0) for part in _parts(vectors)) / len(vectors)
+    squares = sum(float(((space.features(part) - mean) ** 2).mean(1).sum()) for part in _parts(vectors))
+    return np.asarray(mean, np.float64), float(np.sqrt(squares / len(vectors)) + 1e-9)
 
 
 def _histogram(vectors: NDArray[np.uint16], codes: int) -> Floats:

@@ -71,6 +71,11 @@ def clusters_content(clustering: Clustering) -> bytes:
     return save_arrays({"centroids": clustering.centroids, "centre": clustering.centre, "axes": clustering.axes})
 
 
+def centroids_content(centroids: NDArray[np.float32]) -> bytes:
+    """clusters.safetensors of clusters that are not of codes: for comparison only."""
+    return save_arrays({"centroids": centroids})
+
+
 class LoadedModel:
     """models.model.PairModel of a bundle: what each method promises stands there."""
 
@@ -96,6 +101,8 @@ class LoadedModel:
     @staticmethod
     def of(manifest: Manifest, contents: Mapping[str, bytes], device: str | None = None) -> "LoadedModel":
         """From the checked files of a bundle."""
+        if problem := manifest.unfit_for_streams:
+            raise BundleError(problem)
         parts = CaptionerParts.of(manifest, contents)
         try:
             arrays = load_arrays(contents["clusters.safetensors"])

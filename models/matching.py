@@ -6,6 +6,7 @@ calibrated so that 0.5 means "as likely a pair as not" among as many true as shu
 """
 
 from collections.abc import Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,28 @@ from torch import Tensor, nn
 from models.vocabulary import UNK, Vocabulary
 
 TEXT_PIECES_MAX = 64  # of a long caption the beginning is judged
+
+
+Images_contra = TypeVar("Images_contra", contravariant=True)
+
+
+class Scorer(Protocol[Images_contra]):
+    """Says how well captions fit their images: a number in [0, 1] a pair, a function of that pair alone."""
+
+    def scores(self, images: Images_contra, captions: Sequence[str]) -> NDArray[np.float32]:
+        """(n,) of n images, as index vectors (the bundle's own) or as pixels (BLIP's), each with the caption beside it."""
+        ...
+
+
+class OwnScorer:
+    """The bundle's own head, from index vectors: what a stream uses."""
+
+    def __init__(self, head: "MatchingHead", vocabulary: Vocabulary, codebook: Tensor) -> None:
+        self._head, self._vocabulary, self._codebook = head, vocabulary, codebook
+
+    def scores(self, images: NDArray[np.uint16], captions: Sequence[str]) -> NDArray[np.float32]:
+        """(n,) in [0, 1]; images are index vectors (n, L)."""
+        return match(self._head, self._vocabulary, self._codebook, images, captions)
 
 
 class MatchingHead(nn.Module):
@@ -64,6 +87,15 @@ def match(
     images = head.images(torch.from_numpy(vectors.astype(np.int64)).to(device), codebook)
     scores: NDArray[np.float32] = head.score(images, head.texts(pieces.to(device), starts.to(device))).cpu().numpy()
     return scores
+
+
+def text_agreement(original: NDArray[np.float32], generated: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(n,) cosine of T_o and T_g in the space of a text encoder, (n, d) each, of length 1 (Mahmoud et al. 2024, SIEVE).
+
+    A second opinion on a pair that costs no look at the image: a caption that agrees with none that was generated is noise.
+    """
+    cosines: NDArray[np.float32] = (original * generated).sum(-1)
+    return cosines
 
 
 def train_head(

@@ -18,6 +18,7 @@ from stream.records import Codec
 from stream.topics import BUNDLES
 
 DELIVERY_TIMEOUT_S = 30.0
+FREQUENT = 15  # codes that `bundle inspect` shows
 # A model names its bundle by so much of the content's SHA-256 (models/model.py).
 VERSION_CHARACTERS = 16
 
@@ -53,11 +54,90 @@ def announce(connection: Connection, uri: str, version: str, space: str, stream:
 
 
 def announce_folder(connection: Connection, folder: Path, stream: str = "") -> Announcement:
-    """Announces the bundle in `folder`, which must be whole. Raises BundleError otherwise."""
+    """Announces the bundle in `folder`, which must be whole and have clusters of codes. Raises BundleError otherwise."""
     from models.bundle import read_manifest
+    from models.errors import BundleError
 
     manifest = read_manifest(folder)
+    if problem := manifest.unfit_for_streams:
+        raise BundleError(problem)
     return announce(connection, str(folder.resolve()), manifest.version[:VERSION_CHARACTERS], manifest.space, stream)
+
+
+@dataclass(frozen=True)
+class BundleView:
+    """What a bundle says about itself, and how large its networks are."""
+
+    folder: Path
+    version: str
+    space: str
+    architecture: str
+    parameters: dict[str, int]
+    config: dict[str, object]
+    codes_used: int
+    code_perplexity: float
+    frequent_codes: list[tuple[int, float, str]]  # number, share of all tokens, the keyword that it started from
+    clustering: dict[str, object]
+    cluster_sizes: tuple[int, float, int, int]  # least, median, most, empty
+    gate: float | None
+    baselines: dict[str, object]
+    fingerprint: dict[str, str]
+    examples: list[dict[str, object]]
+
+    def lines(self) -> Iterable[str]:
+        yield f"bundle {self.version[:16]} in {self.folder}, architecture {self.architecture}, space {self.space[:16]}"
+        yield f"parameters: {', '.join(f'{name} {count:,}' for name, count in self.parameters.items())}"
+        yield f"settings: {', '.join(f'{k}={v}' for k, v in self.config.items())}"
+        yield f"made on: {', '.join(f'{k}={v}' for k, v in self.fingerprint.items())}"
+        if self.clustering:
+            least, median, most, empty = self.cluster_sizes
+            yield f"clusters: {', '.join(f'{k}={v}' for k, v in self.clustering.items())}"
+            yield f"  pairs each: {least} to {most}, median {median:.0f}, {empty} empty"
+        else:
+            yield "clusters: none yet; run `tldr-stream bootstrap`"
+        if self.gate is not None:
+            yield f"gate {self.gate:.4f}; {', '.join(f'{k}={v}' for k, v in self.baselines.items())}"
+        if self.frequent_codes:
+            yield f"codes: {self.codes_used} used, perplexity {self.code_perplexity:.0f}; most frequent, with the keyword"
+            yield "  that each started from (a code that was revived has drifted from it):"
+            yield from (f"  {number:>5} {share:6.2%}  {keyword}" for number, share, keyword in self.frequent_codes)
+        for example in self.examples:
+            yield f"example: {example['caption']!r} → {example['generated']!r} (ITM {example['itm']})"
+
+
+def inspect(folder: Path) -> BundleView:
+    """The bundle in `folder`, each file's hash checked. Raises BundleError where something is wrong with it."""
+    import json
+    import struct
+
+    import numpy as np
+
+    from models.bundle import read_files
+
+    manifest, contents = read_files(folder)
+    parameters = {}
+    for name, content in contents.items():
+        if name.endswith(".safetensors"):
+            header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
+            shapes = [int(np.prod(about["shape"])) for key, about in header.items() if key != "__metadata__"]
+            parameters[name.removesuffix(".safetensors")] = sum(shapes)
+    data, baselines = manifest.data, manifest.data.get("baselines", {})
+    usage = np.array(baselines.get("code_usage", []), np.int64)
+    share = usage / max(1, usage.sum())
+    used = share[share > 0]
+    keywords = list(data.get("keywords", []))
+    frequent = [
+        (int(c), float(share[c]), keywords[c] if c < len(keywords) else "") for c in np.argsort(-usage)[:FREQUENT]
+    ]
+    sizes = np.array(baselines.get("cluster_occupancy", [0]), np.int64)
+    spread = (int(sizes.min()), float(np.median(sizes)), int(sizes.max()), int((sizes == 0).sum()))
+    return BundleView(
+        folder, manifest.version, manifest.space, str(data.get("architecture", "?")), parameters, dict(data["config"]),
+        len(used), float(np.exp(-(used * np.log(used)).sum())), [f for f in frequent if f[1]],
+        dict(data.get("clustering", {})), spread,
+        data.get("gate"), {k: v for k, v in baselines.items() if k not in ("code_usage", "cluster_occupancy")},
+        dict(data.get("fingerprint", {})), list(data.get("examples", [])),
+    )  # fmt: skip
 
 
 def announced(connection: Connection) -> list[Announcement]:

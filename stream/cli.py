@@ -341,9 +341,24 @@ def demo(
 
 
 bundle_app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Model bundles: announce one to the workers."
+    no_args_is_help=True, rich_markup_mode=None, help="Model bundles: look into one, announce one to the workers."
 )
 app.add_typer(bundle_app, name="bundle", cls=JobGroup)
+
+
+@bundle_app.command("inspect", cls=JobCommand)
+def bundle_inspect(
+    folder: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
+    json: Json = False,
+) -> None:
+    """Show what is in a bundle, every hash checked: parameters, codes with their keywords, clusters, baselines, examples.
+
+    Example: tldr-stream bundle inspect ./bundles/sample
+    """
+    from stream.bundles import inspect
+    from stream.results import show
+
+    show(inspect(folder), json)
 
 
 @bundle_app.command("announce", cls=JobCommand)
@@ -681,20 +696,36 @@ def train(
 
 @app.command(cls=JobCommand)
 def bootstrap(
-    sources: Annotated[
-        list[str], typer.Argument(metavar="SOURCE...", help="The bootstrap shard, as `ingest` reads it.")
-    ],
     captioner: Annotated[
         Path, typer.Option(help="Folder that `train` wrote, or a bundle whose clusters are replaced.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the bundle.")],
+    sources: Annotated[
+        list[str] | None, typer.Argument(metavar="[SOURCE...]", help="The bootstrap shard, as `ingest` reads it.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the bundle; not with --sweep.")] = None,
+    topic: Annotated[
+        str | None, typer.Option(help="Raw topic with the shard, instead of sources or with them.")
+    ] = None,
+    records: Annotated[int | None, typer.Option(help="Newest records of the topic.  [default: all]", min=1)] = None,
     clusters: Annotated[int | None, typer.Option(help="Clusters N.  [default: the rule's, else 3000]", min=1)] = None,
     rule: Annotated[str | None, typer.Option(help="`paper` (3000, raw vectors) or `authors` (1000).")] = None,
+    feature: Annotated[
+        str, typer.Option(help="What is clustered: codes; or image or text, to compare: no stream can use those.")
+    ] = "codes",
     form: Annotated[
         str | None,
-        typer.Option(help="What is clustered: mean, histogram, pca or raw.  [default: the rule's, else mean]"),
+        typer.Option(help="Form of codes: mean, histogram, pca or raw.  [default: the rule's, else mean]"),
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Source whose pairs are left out; repeatable.")] = None,
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option(help="Source of pairs that training has not seen, for gate and ITM baseline; repeatable."),
+    ] = None,
+    sweep: Annotated[
+        list[int] | None, typer.Option(help="Fit this N, write nothing, show what comes of it; repeatable.")
+    ] = None,
+    volume: Annotated[int, typer.Option(help="With --sweep: records that are expected.", min=1)] = 1_000_000,
+    partitions: Annotated[int, typer.Option(help="With --sweep: partitions of the raw topic.", min=1)] = 8,
     seed: Annotated[int, typer.Option(help="Seed of K-Means.", min=0)] = 0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda[:N].  [default: a GPU where there is one]")] = None,
     announce: Annotated[bool, typer.Option("--announce", help="Announce the bundle to the workers.")] = False,
@@ -707,20 +738,54 @@ def bootstrap(
 
     Example: tldr-stream bootstrap './shard/*.tar' --captioner ./captioner --clusters 3000 --out ./bundle --announce
     """
+    from functools import partial
+
     from stream.bootstrap import bootstrap as job
+    from stream.bootstrap import sweep as sweep_job
     from stream.bundles import announce_folder
+    from stream.errors import TldrError
     from stream.kafka import Connection
+    from stream.raw_format import raw_reader
     from stream.results import show
+    from stream.topic_pairs import pairs_of_topic
 
     connection = Connection.of(bootstrap_servers, kafka or (), kafka_properties)
+    if not sources and topic is None:
+        raise TldrError("nothing to cluster: name a source, or a raw topic with --topic")
+    if announce and feature != "codes":
+        raise TldrError(
+            f"clusters of the feature {feature} cannot be announced: a stream records code indices and decides by them alone"
+        )
+    of_topic = None if topic is None else partial(pairs_of_topic, connection, topic, raw_reader(), records)
+    if sweep:
+        swept = sweep_job(
+            sources or (),
+            captioner,
+            sweep,
+            form=form,
+            exclude=exclude or (),
+            topic_pairs=of_topic,
+            volume=volume,
+            partitions=partitions,
+            seed=seed,
+            device=device,
+            progress=_say,
+        )
+        show(swept, json)
+        return
+    if out is None:
+        raise TldrError("--out FOLDER is missing: where shall the bundle be written?")
     result = job(
-        sources,
+        sources or (),
         captioner,
         out,
         clusters=clusters,
         form=form,
         rule=rule,
+        feature=feature,
         exclude=exclude or (),
+        held_out=held_out or (),
+        topic_pairs=of_topic,
         seed=seed,
         device=device,
         progress=_say,

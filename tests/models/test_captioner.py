@@ -96,7 +96,7 @@ def test_more_beams_never_find_a_less_likely_caption_than_one_of_two_words(small
         Generation(beams=len(small.vocabulary), guidance=1.0, pieces_min=2, pieces_max=2),
     )  # fmt: skip
 
-    assert said == [small.vocabulary.decode(list(max(pairs, key=lambda p: pairs[p])))]
+    assert said == [small.vocabulary.decode(list(max(pairs.items(), key=lambda item: item[1])[0]))]
 
 
 def test_captions_come_from_the_image_s_own_tokens_too(small: Small) -> None:

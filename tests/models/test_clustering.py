@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.clustering import FORMS, Clustering, fit
+from models.clustering import FORMS, Clustering, fit, fit_measured, too_small
 from models.errors import BundleError, CorpusError
 
 RNG = np.random.default_rng(5)
@@ -60,6 +60,43 @@ def test_renumbering_the_codebook_changes_no_cluster(form: str) -> None:
 
     together = original[:, None] == original[None]
     assert (together == (renumbered[:, None] == renumbered[None])).mean() > 0.99
+
+
+def test_renumbering_the_codebook_changes_raw_clusters() -> None:
+    """Code numbers are names: the paper's own form depends on how they were given."""
+    new = np.random.default_rng(1).permutation(len(CODES))
+    original = fit(VECTORS, CODES, 4, "raw").assign(VECTORS)
+    renumbered = fit(new[VECTORS].astype(np.uint16), CODES, 4, "raw").assign(new[VECTORS].astype(np.uint16))
+
+    together = original[:, None] == original[None]
+    assert (together == (renumbered[:, None] == renumbered[None])).mean() < 0.9
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_sample_within_the_memory_bound_fits_within_2_percent_of_all_rows(form: str) -> None:
+    rng = np.random.default_rng(3)
+    kinds = rng.integers(4, size=6000)
+    rows = (kinds[:, None] * 10 + rng.integers(10, size=(6000, 12))).astype(np.uint16)
+
+    whole = fit_measured(rows, CODES, 8, form)
+    sampled = fit_measured(rows, CODES, 8, form, memory_bytes=4 * whole.clustering.centroids.shape[1] * 3000)
+
+    assert (whole.rows_fitted, sampled.rows_fitted) == (6000, 3000)
+    assert sampled.inertia < 1.02 * whole.inertia
+
+
+def test_empty_clusters_are_counted_and_nothing_is_assigned_to_them() -> None:
+    same = np.repeat(VECTORS[:2], 50, axis=0)
+
+    measured = fit_measured(same, CODES, 5, "mean")
+
+    assert measured.occupancy.sum() == 100 and (measured.occupancy == 0).sum() == 3
+    assert measured.inertia < 1e-6
+
+
+def test_a_shard_too_small_for_its_clusters_is_told_what_would_do() -> None:
+    assert too_small(3900, 100) is None
+    assert "--clusters 10" in str(too_small(390, 3000)) and "117,000 pairs" in str(too_small(390, 3000))
 
 
 def test_the_same_seed_gives_the_same_centroids() -> None:
