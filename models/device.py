@@ -20,11 +20,11 @@ def choose_device(name: str | None = None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def fingerprint(device: torch.device, batch: int) -> dict[str, str]:
+def fingerprint(device: torch.device, batch: int, dtype: torch.dtype = torch.float32) -> dict[str, str]:
     """What can change the last bits of a result."""
     known = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "dtype": "float32",
+        "dtype": str(dtype).removeprefix("torch."),
         "batch": str(batch),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),

@@ -19,14 +19,20 @@ from models.lite_encoder import LiteEncoder
 from models.lite_graph import LiteGraph
 from models.model import Pixels
 
+GPU_BATCH = 256  # of a vision transformer in bfloat16: 2.1 GiB counted at the paper's size (benchmarks/paper_memory.py)
 BATCH = 16  # two cores are as fast as with 32, and half as much padding is computed for the last images of a commit
 
 
 class PaddedEncoder:
     """Encoder and quantiser of a captioner, traced once at (batch, 3, S, S)."""
 
-    def __init__(self, captioner: Captioner, device: torch.device, batch: int = BATCH) -> None:
-        self.batch = batch
+    def __init__(
+        self, captioner: Captioner, device: torch.device, batch: int | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """batch, dtype  of the encoder; by default what `serving_shape` says. The look-up is computed in float32."""
+        usual_batch, usual_dtype = serving_shape(captioner, device)
+        self.batch = batch or usual_batch
+        self.dtype = dtype or usual_dtype
         self.device = device
         self.side = captioner.config.side
         self.tokens = captioner.config.tokens
@@ -36,7 +42,7 @@ class PaddedEncoder:
         if isinstance(captioner.encoder, LiteEncoder) and device.type == "cpu":
             self._graph = LiteGraph(captioner.encoder, self.side, torch.get_num_threads())
         else:
-            self._encoder = _traced(captioner.encoder, batch, self.side, device)
+            self._encoder = _traced(captioner.encoder, self.batch, self.side, device, self.dtype)
 
     @torch.inference_mode()
     def features(self, pixels: Sequence[Pixels]) -> NDArray[np.float32]:
@@ -71,13 +77,20 @@ class PaddedEncoder:
         block = np.zeros((self.batch, self.side, self.side, 3), np.uint8)
         block[: len(pixels)] = np.stack(pixels)
         # (B, S, S, 3) seen as (B, 3, S, S) is the channels-last layout that convolutions like best
-        return torch.from_numpy(block).to(self.device).permute(0, 3, 1, 2).float()
+        return torch.from_numpy(block).to(self.device).permute(0, 3, 1, 2).to(self.dtype)
 
 
-def _traced(encoder: nn.Module, batch: int, side: int, device: torch.device) -> nn.Module:
+def serving_shape(captioner: Captioner, device: torch.device) -> tuple[int, torch.dtype]:
+    """(batch, number format) of the encoder on this device: vision transformers in bfloat16 where a GPU computes it."""
+    if device.type == "cuda" and not isinstance(captioner.encoder, LiteEncoder) and torch.cuda.is_bf16_supported():
+        return GPU_BATCH, torch.bfloat16
+    return BATCH, torch.float32
+
+
+def _traced(encoder: nn.Module, batch: int, side: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Frozen TorchScript: twice as fast as the module itself on a CPU, since nothing of Python is left between layers."""
-    example = torch.zeros(batch, side, side, 3, device=device).permute(0, 3, 1, 2)
-    encoder = encoder.to(device).eval().to(memory_format=torch.channels_last)
+    example = torch.zeros(batch, side, side, 3, device=device, dtype=dtype).permute(0, 3, 1, 2)
+    encoder = encoder.to(device, dtype).eval().to(memory_format=torch.channels_last)
     with torch.inference_mode():
         traced: nn.Module = torch.jit.freeze(torch.jit.trace(encoder, example, check_trace=False))
         for _ in range(2):  # the first two calls specialise; results must not change after that

@@ -19,7 +19,7 @@ from models.captioner import Captioner, CaptionerConfig
 from models.captioning import generate
 from models.clustering import Clustering
 from models.device import choose_device, fingerprint
-from models.encoding import BATCH, PaddedEncoder
+from models.encoding import PaddedEncoder
 from models.errors import BundleError, ModelError
 from models.images import decode
 from models.matching import MatchingHead, match
@@ -88,8 +88,6 @@ class LoadedModel:
         self.clusters = len(clustering.centroids)
         gate = manifest.data.get("gate")
         self.gate: float | None = None if gate is None else float(gate)
-        self.batch = BATCH
-        self.fingerprint = fingerprint(device, BATCH)
         self.made_with: dict[str, str] = manifest.data.get("fingerprint", {})
         self._side = parts.captioner.config.side
         self._captioner = parts.captioner.to(device).eval()
@@ -97,6 +95,8 @@ class LoadedModel:
         self._matching = parts.matching.to(device).eval()
         self._clustering = clustering
         self._encoder = PaddedEncoder(parts.captioner, device)
+        self.batch = self._encoder.batch
+        self.fingerprint = fingerprint(device, self.batch, self._encoder.dtype)
 
     @staticmethod
     def of(manifest: Manifest, contents: Mapping[str, bytes], device: str | None = None) -> "LoadedModel":

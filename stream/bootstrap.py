@@ -197,7 +197,7 @@ def bootstrap(
     about = {k: v for k, v in shard.manifest.data.items() if k not in ("version", "space", "files", "format")}
     about |= {
         "gate": matching.median,
-        "fingerprint": fingerprint(shard.encoder.device, shard.encoder.batch),
+        "fingerprint": fingerprint(shard.encoder.device, shard.encoder.batch, shard.encoder.dtype),
         "clustering": {"feature": feature, "form": form, "clusters": clusters, "seed": seed, "inertia": inertia},
         "baselines": {
             "pairs": len(encoded.captions),

@@ -1,9 +1,12 @@
 """An image's index vector is a function of the image: not of its neighbours, its place, or how full the batch is."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from models.captioner import PAPER, Captioner
 from models.encoding import PaddedEncoder
 from models.errors import ShapeError
 from models.lite_encoder import LiteEncoder
@@ -68,6 +71,21 @@ def test_vectors_do_not_depend_on_how_images_are_split_into_calls(
 
     assert together.shape == (6, 49) and together.dtype == np.uint16
     assert (together == alone).all() and (together == halves).all()
+
+
+def test_a_vision_transformer_in_bfloat16_gives_every_image_its_own_vector_too() -> None:
+    torch.manual_seed(0)
+    config = replace(
+        PAPER, side=32, vit_patch=8, tokens=16, feature_width=24, vit_layers=1, vit_heads=2, code_width=24, codes=30,
+        decoder_layers=1, decoder_width=24, decoder_heads=2, vocabulary=50,
+    )  # fmt: skip
+    encoder = PaddedEncoder(Captioner(config), torch.device("cpu"), BATCH, torch.bfloat16)
+    images = list(np.random.default_rng(0).integers(256, size=(6, 32, 32, 3), dtype=np.uint8))
+
+    together = encoder.vectors(images)
+
+    assert together.shape == (6, 16) and len(np.unique(together, axis=0)) == 6
+    assert (together == np.concatenate([encoder.vectors([i]) for i in images])).all()
 
 
 def test_no_image_gives_no_vector(encoder: PaddedEncoder) -> None:
