@@ -166,7 +166,7 @@ def bootstrap(
     if feature not in FEATURES:
         raise TldrError(f"--feature {feature}: use one of {', '.join(FEATURES)}")
     shard = _Shard(captioner, device, exclude, progress)
-    encoded = shard.encoded(_all(sources, topic_pairs), images=feature == "image")
+    encoded = shard.of(sources, topic_pairs, images=feature == "image")
     if len(encoded.captions) < clusters:
         raise TldrError(
             f"{len(encoded.captions):,} pairs cannot make {clusters:,} clusters: a larger shard, "
@@ -242,7 +242,7 @@ def sweep(
     from models.clustering import fit_measured
 
     shard = _Shard(captioner, device, exclude, progress)
-    encoded = shard.encoded(_all(sources, topic_pairs))
+    encoded = shard.of(sources, topic_pairs)
     codes = shard.parts.captioner.quantiser.codebook.codes.cpu().numpy()
     found = []
     for count in clusters:
@@ -269,15 +269,22 @@ class _Shard:
         self.manifest, self.contents = read_files(captioner)
         self.parts = CaptionerParts.of(self.manifest, self.contents)
         self.encoder = PaddedEncoder(self.parts.captioner, choose_device(device))
-        self._excluded = {p.id for p in _all(exclude, None)}
+        self.excluded = {p.id for p in _all(exclude, None)}
         self._progress = progress
 
-    def encoded(self, pairs: Iterable[SourcePair], *, images: bool = False) -> _Encoded:
+    def of(
+        self, sources: Sequence[str], topic_pairs: Callable[[], Iterable[SourcePair | BadEntry]] | None, *,
+        images: bool = False,
+    ) -> _Encoded:  # fmt: skip
+        """The bootstrap shard without what is excluded. Raises TldrError where no image can be decoded."""
+        return self.encoded((p for p in _all(sources, topic_pairs) if p.id not in self.excluded), images=images)
+
+    def encoded(self, pairs: Iterator[SourcePair], *, images: bool = False) -> _Encoded:
         """Raises TldrError where no image can be decoded."""
         import numpy as np
 
         vectors, features, captions, bad = [], [], [], 0
-        for part in _chunks((p for p in pairs if p.id not in self._excluded), IMAGES_AT_ONCE):
+        for part in _chunks(pairs, IMAGES_AT_ONCE):
             decoded = _decoded(part, self.encoder.side)
             bad += len(part) - len(decoded)
             pixels = [p for _, p in decoded]

@@ -60,6 +60,25 @@ def test_gate_and_baseline_come_from_the_pairs_that_were_held_out(tmp_path: Path
     assert made.matching.auc > 0.7
 
 
+def test_what_is_excluded_from_the_shard_may_be_what_is_held_out(tmp_path: Path) -> None:
+    held_out = tmp_path / "held-out"
+    held_out.mkdir()
+    for number, pair in enumerate([p for p in first_pairs() if not isinstance(p, BadEntry)][:4]):
+        (held_out / f"{number}.jpg").write_bytes(pair.image or b"")
+        (held_out / f"{number}.txt").write_text(pair.caption)
+
+    def all_of_them() -> Iterator[SourcePair | BadEntry]:
+        yield from first_pairs()
+        yield from open_source(str(held_out))
+
+    made = bootstrap(
+        (), BUNDLE, tmp_path / "bundle", clusters=4, topic_pairs=all_of_them, exclude=[str(held_out)],
+        held_out=[str(held_out)], progress=lambda line: None,
+    )  # fmt: skip
+
+    assert (made.pairs, made.matching.pairs) == (24, 4)
+
+
 @pytest.mark.parametrize("feature", ["image", "text"])
 def test_clusters_of_anything_but_codes_are_for_comparison_only(
     feature: str, kafka: Connection, tmp_path: Path
