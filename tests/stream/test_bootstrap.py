@@ -6,14 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from confluent_kafka import Producer
+from typer.testing import CliRunner
 
 from models.bundle import load_model, read_manifest
 from models.errors import BundleError
 from stream.bootstrap import BootstrapResult, bootstrap, sweep
 from stream.bundles import announce_folder, inspect
+from stream.cli import app
 from stream.errors import TldrError
-from stream.kafka import Connection
+from stream.kafka import Connection, create_missing
 from stream.pair_sources import BadEntry, SourcePair, open_source
+from stream.records import Codec
 
 ROOT = Path(__file__).parents[2]
 BUNDLE = ROOT / "bundles" / "sample"
@@ -89,6 +93,31 @@ def test_clusters_of_anything_but_codes_are_for_comparison_only(
     for use in (lambda: load_model(made.out, "cpu"), lambda: announce_folder(kafka, made.out)):
         with pytest.raises(BundleError, match="cannot serve a stream"):
             use()
+
+
+def test_a_bundle_is_made_of_the_newest_records_of_a_raw_topic(kafka: Connection, name: str, tmp_path: Path) -> None:
+    create_missing(kafka, {name: {}}, 2)
+    producer = Producer({"bootstrap.servers": kafka.bootstrap_servers})
+    pairs = [p for p in first_pairs() if not isinstance(p, BadEntry)]
+    for number, pair in enumerate(pairs):
+        record: dict[str, object] = {
+            "id": pair.id,
+            "caption": pair.caption,
+            "image": pair.image,
+            "image_uri": None,
+            "fields": {},
+        }
+        producer.produce(name, Codec("RawPair").encode(record), pair.id.encode(), number % 2)
+    producer.flush()
+
+    made = CliRunner().invoke(
+        app,
+        ["bootstrap", "--topic", name, "--records", "16", "--captioner", str(BUNDLE), "--clusters", "4",
+         "--out", str(tmp_path / "bundle"), "--bootstrap-servers", kafka.bootstrap_servers],
+    )  # fmt: skip
+
+    assert made.exit_code == 0, made.output
+    assert sum(read_manifest(tmp_path / "bundle").data["baselines"]["cluster_occupancy"]) == 16
 
 
 def test_an_unknown_feature_and_too_few_pairs_are_one_line_each(tmp_path: Path) -> None:
