@@ -1,35 +1,44 @@
 """The codebook-based captioner (paper §3.1): image encoder → codebook → BERT decoder over the quantised tokens.
 
-Two architectures of one shape: "paper" (ViT-B/16, K = 3000, BERT-base) and "tiny" (EfficientNet-lite0's last feature map
-and a decoder that two cores can train). What is not named in `CaptionerConfig` is the same for both.
+Three architectures of one shape: "paper" (ViT-B/16, K = 3000, BERT-base), "authors" (what their published code does instead)
+and "tiny" (EfficientNet-lite0's last feature map and a decoder that two cores can train).
 """
 
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BertConfig, BertLMHeadModel, EncoderDecoderCache, ViTConfig, ViTModel
+from transformers import (
+    BertConfig, BertLMHeadModel, BlipVisionConfig, BlipVisionModel, EncoderDecoderCache, ViTConfig, ViTModel,
+)  # fmt: skip
 
 from models.codebook import Codebook
 from models.errors import ShapeError
 from models.lite_encoder import SIDE, TOKENS, WIDTH, LiteEncoder
 from models.vocabulary import PAD, START, STOP
 
-IMAGENET_MEAN_GREY, IMAGENET_STD_GREY = 127.5, 127.5  # ViT's own preprocessing: [0, 255] → [-1, 1]
+# (mean, standard deviation) of red, green and blue in [0, 255], as the published checkpoints of each kind were trained
+PIXEL_SCALES = {
+    "vit": ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5)),
+    "blip": ((122.7709, 116.7460, 104.0937), (68.5005, 66.6322, 70.3232)),  # those of CLIP
+}
 
 
 @dataclass(frozen=True)
 class CaptionerConfig:
     """Every size of a captioner. Defaults are the paper's."""
 
-    encoder: str = "vit"  # or "lite"
+    encoder: str = "vit"  # or "blip", the vision tower of a BLIP, or "lite"
     encoder_frozen: bool = False
+    class_token: bool = False  # kept as a token among the others, as the authors' code does
     side: int = 224
-    tokens: int = 196
+    tokens: int = 196  # follows from side, patch and class token: `sized`
     feature_width: int = 768
     code_width: int = 768
     codes: int = 3000
+    conditioned_on: str = "codes"  # what the decoder sees; "image": the tokens before the look-up, as in the authors' code
     decoder_layers: int = 12
     decoder_width: int = 768
     decoder_heads: int = 12
@@ -50,32 +59,57 @@ class CaptionerConfig:
 
 
 PAPER = CaptionerConfig()
+AUTHORS = replace(PAPER, encoder="blip", class_token=True, tokens=197, codes=1024, conditioned_on="image")
 TINY = CaptionerConfig(
     encoder="lite", encoder_frozen=True, side=SIDE, tokens=TOKENS, feature_width=WIDTH, code_width=64, codes=1000,
     decoder_layers=3, decoder_width=192, decoder_heads=4, caption_pieces_max=20,
     guidance=3.0, word_shortcut=True,
 )  # fmt: skip
-ARCHITECTURES = {"paper": PAPER, "tiny": TINY}
+ARCHITECTURES = {"paper": PAPER, "authors": AUTHORS, "tiny": TINY}
+
+
+def sized(config: CaptionerConfig, **changes: Any) -> CaptionerConfig:
+    """`config` with these fields changed, and as many tokens as follow from them. Raises ShapeError for an impossible size."""
+    changed = replace(config, **changes)
+    if changed.encoder not in ("vit", "blip", "lite"):
+        raise ShapeError(f'encoder "{changed.encoder}" is unknown; this version has "vit", "blip" and "lite"')
+    if changed.conditioned_on not in ("codes", "image"):
+        raise ShapeError(f'conditioned_on is "codes" (paper) or "image" (authors), not "{changed.conditioned_on}"')
+    for width, heads in (("feature_width", "vit_heads"), ("decoder_width", "decoder_heads")):
+        if (changed.encoder != "lite" or heads != "vit_heads") and getattr(changed, width) % getattr(changed, heads):
+            raise ShapeError(f"{width}={getattr(changed, width)} is no multiple of {heads}={getattr(changed, heads)}")
+    if changed.encoder == "lite":
+        return changed
+    if changed.side % changed.vit_patch:
+        raise ShapeError(f"side={changed.side} is no multiple of vit_patch={changed.vit_patch}")
+    return replace(changed, tokens=(changed.side // changed.vit_patch) ** 2 + changed.class_token)
 
 
 class VitEncoder(nn.Module):
-    """ViT through transformers, the class token dropped."""
+    """A vision transformer through transformers: ViT, or the vision tower of a BLIP. The class token is dropped."""
 
     def __init__(self, config: CaptionerConfig) -> None:
         super().__init__()
-        self.vit = ViTModel(
-            ViTConfig(
-                hidden_size=config.feature_width, num_hidden_layers=config.vit_layers, num_attention_heads=config.vit_heads,
-                intermediate_size=4 * config.feature_width, image_size=config.side, patch_size=config.vit_patch,
-            ),
-            add_pooling_layer=False,
+        sizes: dict[str, int] = dict(
+            hidden_size=config.feature_width, num_hidden_layers=config.vit_layers, num_attention_heads=config.vit_heads,
+            intermediate_size=4 * config.feature_width, image_size=config.side, patch_size=config.vit_patch,
         )  # fmt: skip
+        self.vit: nn.Module = (
+            BlipVisionModel(BlipVisionConfig(**sizes, initializer_range=0.02))  # its own default, 1e-10, learns nothing
+            if config.encoder == "blip"
+            else ViTModel(ViTConfig(**sizes), add_pooling_layer=False)
+        )
+        self.first = 0 if config.class_token else 1
+        mean, std = PIXEL_SCALES[config.encoder]
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S) float in [0, 255] → (B, L, F)."""
-        scaled = (pixels - IMAGENET_MEAN_GREY) / IMAGENET_STD_GREY
-        out: Tensor = self.vit(pixel_values=scaled).last_hidden_state[:, 1:]
-        return out
+        hidden: Tensor = self.vit(pixel_values=(pixels - self.mean) / self.std).last_hidden_state
+        return hidden[:, self.first :]
 
 
 class Quantiser(nn.Module):
@@ -149,9 +183,7 @@ class Captioner(nn.Module):
 
     def __init__(self, config: CaptionerConfig) -> None:
         super().__init__()
-        if config.encoder not in ("vit", "lite"):
-            raise ShapeError(f'encoder "{config.encoder}" is unknown; this version has "vit" and "lite"')
-        self.config = config
+        self.config = config = sized(config)
         self.encoder: nn.Module = LiteEncoder() if config.encoder == "lite" else VitEncoder(config)
         self.quantiser = Quantiser(config)
         self.decoder = Decoder(config)
@@ -165,10 +197,13 @@ class Captioner(nn.Module):
         """
         tokens = self.quantiser.tokens(features)
         quantised, indices, commitment = self.quantiser.codebook(tokens)
-        shown = quantised if hidden is None else quantised.masked_fill(hidden[:, None, None], 0.0)
+        shown = quantised if self.config.conditioned_on == "codes" else tokens
+        if hidden is not None:
+            shown = shown.masked_fill(hidden[:, None, None], 0.0)
         return self.decoder.loss(shown, inputs, targets), commitment, tokens, indices
 
-
-def sized(config: CaptionerConfig, *, vocabulary: int, codes: int | None = None) -> CaptionerConfig:
-    """`config` for a vocabulary of that many pieces, and that many codes."""
-    return replace(config, vocabulary=vocabulary, codes=codes or config.codes)
+    def checkpoint_activations(self) -> None:
+        """Compute activations again in the backward pass instead of keeping them: a third more time, far less memory."""
+        for network in (getattr(self.encoder, "vit", None), self.decoder.bert):
+            if network is not None:
+                network.gradient_checkpointing_enable({"use_reentrant": False})
