@@ -195,8 +195,9 @@ class Captioner(nn.Module):
 
         hidden  (B,) bool: images that the decoder is not shown, so that it also learns what captions are like without one.
         """
-        tokens = self.quantiser.tokens(features)
-        quantised, indices, commitment = self.quantiser.codebook(tokens)
+        with torch.autocast(features.device.type, enabled=False):  # a code is chosen by small differences of large sums
+            tokens = self.quantiser.tokens(features.float())
+            quantised, indices, commitment = self.quantiser.codebook(tokens)
         shown = quantised if self.config.conditioned_on == "codes" else tokens
         if hidden is not None:
             shown = shown.masked_fill(hidden[:, None, None], 0.0)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
-from transformers import BertModel
+from transformers import AutoTokenizer, BertModel
 
 from models.errors import CorpusError
 
@@ -29,11 +29,17 @@ def packaged_text_encoder() -> Path:
 
 
 class TextEncoder:
-    """A BERT folder: `embed` for sentences, `words` for its input embeddings."""
+    """A BERT from a local folder or a hub id: `embed` for sentences, `words` for its input embeddings.
 
-    def __init__(self, folder: Path) -> None:
-        self.bert = BertModel.from_pretrained(str(folder))  # comes in evaluation mode
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    Raises CorpusError where there is none.
+    """
+
+    def __init__(self, where: Path | str) -> None:
+        try:
+            self.bert = BertModel.from_pretrained(str(where), add_pooling_layer=False)  # comes in evaluation mode
+            self.tokenizer: Tokenizer = AutoTokenizer.from_pretrained(str(where)).backend_tokenizer
+        except (OSError, ValueError) as error:
+            raise CorpusError(f"{where} is neither a BERT folder nor a hub id that can be fetched: {error}") from error
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
 

@@ -3,9 +3,9 @@
 Single characters are always kept, so that a word never seen in training is spelled out instead of lost.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -16,6 +16,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PAD, UNK, START, STOP, MASK = range(len(SPECIAL))
+TEXTS_AT_ONCE = 10_000
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
@@ -63,13 +64,14 @@ def of_pieces(pieces: Iterable[str]) -> Vocabulary:
     return Vocabulary(tokenizer)
 
 
-def prune(large: Tokenizer, texts: Sequence[str], times_min: int = 2) -> Vocabulary:
-    """The pieces of `large` that occur at least `times_min` times in `texts`; rarer words are spelled by others."""
-    counts = Counter(i for e in large.encode_batch(list(texts), add_special_tokens=False) for i in e.ids)
+def prune(large: Tokenizer, texts: Iterable[str], times_min: int = 2) -> Vocabulary:
+    """The pieces of `large` that occur at least `times_min` times in `texts`; rarer words are spelled by others.
+
+    times_min  0: all pieces, with the special ones in their fixed places.
+    """
+    counts: Counter[int] = Counter()
+    remaining = iter(texts) if times_min else iter(())
+    while some := list(islice(remaining, TEXTS_AT_ONCE)):
+        counts.update(i for e in large.encode_batch(some, add_special_tokens=False) for i in e.ids)
     names = {number: piece for piece, number in large.get_vocab().items()}
-    return of_pieces(names[i] for i in sorted(counts) if counts[i] >= times_min and names[i] not in SPECIAL)
-
-
-def pieces_of(file: Path) -> dict[str, int]:
-    """Piece → number of a tokenizer.json."""
-    return dict(json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"])
+    return of_pieces(names[i] for i in sorted(names) if counts[i] >= times_min and names[i] not in SPECIAL)
