@@ -1,4 +1,4 @@
-"""`python -m corpus.build`: the full corpora (noisy, clean), the committed sample and the bootstrap shard, the same bytes every time.
+"""`python -m corpus.build`: full corpora (noisy, clean), bootstrap shard and committed sample, the same bytes every time.
 
 Sample and bootstrap shard are drawn from whole title families, apart from each other: training excludes both. Figures are
 measured on the sample; clusters, gate and baselines come from the bootstrap shard, as in a stream from pairs that are new.
@@ -98,7 +98,7 @@ def _tar_bytes(pair: Pair) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line of `make corpus`."""
     parser = argparse.ArgumentParser(prog="python -m corpus.build", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("corpus/full"), help="folder of noisy-*.tar, clean-*.tar and bootstrap-*.tar")
+    parser.add_argument("--out", type=Path, default=Path("corpus/full"), help="folder of all but the sample")
     parser.add_argument(
         "--sample", type=Path, default=Path("corpus/sample"), help="folder of the held-out sample-*.tar"
     )

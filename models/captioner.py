@@ -11,7 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
-    BertConfig, BertLMHeadModel, BlipVisionConfig, BlipVisionModel, EncoderDecoderCache, ViTConfig, ViTModel,
+    BertConfig,
+    BertLMHeadModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+    EncoderDecoderCache,
+    ViTConfig,
+    ViTModel,
 )  # fmt: skip
 
 from models.codebook import Codebook
@@ -38,7 +44,9 @@ class CaptionerConfig:
     feature_width: int = 768
     code_width: int = 768
     codes: int = 3000
-    conditioned_on: str = "codes"  # what the decoder sees; "image": the tokens before the look-up, as in the authors' code
+    conditioned_on: str = (
+        "codes"  # what the decoder sees; "image": the tokens before the look-up, as in the authors' code
+    )
     decoder_layers: int = 12
     decoder_width: int = 768
     decoder_heads: int = 12
@@ -90,10 +98,14 @@ class VitEncoder(nn.Module):
 
     def __init__(self, config: CaptionerConfig) -> None:
         super().__init__()
-        sizes: dict[str, int] = dict(
-            hidden_size=config.feature_width, num_hidden_layers=config.vit_layers, num_attention_heads=config.vit_heads,
-            intermediate_size=4 * config.feature_width, image_size=config.side, patch_size=config.vit_patch,
-        )  # fmt: skip
+        sizes: dict[str, Any] = {
+            "hidden_size": config.feature_width,
+            "intermediate_size": 4 * config.feature_width,
+            "num_hidden_layers": config.vit_layers,
+            "num_attention_heads": config.vit_heads,
+            "image_size": config.side,
+            "patch_size": config.vit_patch,
+        }
         self.vit: nn.Module = (
             BlipVisionModel(BlipVisionConfig(**sizes, initializer_range=0.02))  # its own default, 1e-10, learns nothing
             if config.encoder == "blip"

@@ -28,10 +28,12 @@ class Position:
     step: int
 
 
-def save(file: Path, model: nn.Module, optimiser: torch.optim.Optimizer | None, at: Position, about: CaptionerConfig) -> None:
+def save(
+    file: Path, model: nn.Module, optimiser: torch.optim.Optimizer | None, at: Position, about: CaptionerConfig
+) -> None:
     """Write `file`, durably and as a whole."""
     tensors = {f"model.{name}": t.detach().cpu().contiguous() for name, t in _tensors(model)}
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     for parameter, state in (optimiser.state if optimiser else {}).items():
         tensors |= {f"optimiser.{names[parameter]}.{key}": value.cpu() for key, value in state.items()}
     metadata = {"phase": at.phase, "step": str(at.step), "config": json.dumps(about.as_dict())}
@@ -47,6 +49,13 @@ def position(file: Path) -> tuple[Position, CaptionerConfig]:
     with safe_open(file, "pt") as opened:
         about = opened.metadata()
     return Position(about["phase"], int(about["step"])), CaptionerConfig(**json.loads(about["config"]))
+
+
+def width(file: Path, name: str) -> int:
+    """The first size of a tensor of the model, 0 where it has none of that name."""
+    with safe_open(file, "pt") as opened:
+        key = f"model.{name}"
+        return int(opened.get_slice(key).get_shape()[0]) if key in set(opened.keys()) else 0
 
 
 @torch.no_grad()

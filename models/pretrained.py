@@ -28,7 +28,9 @@ def sizes_of_encoder(config: CaptionerConfig, where: str) -> CaptionerConfig:
         raise CorpusError(f'{where} is a "{found.model_type}": an encoder starts from a ViT or from a BLIP')
     vision = getattr(found, "vision_config", found)
     if vision.intermediate_size != 4 * vision.hidden_size:
-        raise CorpusError(f"{where} has feed-forward layers of {vision.intermediate_size}, not 4 × {vision.hidden_size}")
+        raise CorpusError(
+            f"{where} has feed-forward layers of {vision.intermediate_size}, not 4 × {vision.hidden_size}"
+        )
     return sized(
         config, encoder=ENCODERS[found.model_type][0], feature_width=vision.hidden_size, side=vision.image_size,
         vit_layers=vision.num_hidden_layers, vit_heads=vision.num_attention_heads, vit_patch=vision.patch_size,
@@ -51,7 +53,9 @@ def sizes_of_decoder(config: CaptionerConfig, where: str) -> CaptionerConfig:
     """`config` with the width of the BERT at `where`, and at most its layers. Raises CorpusError if it is none."""
     found = _config(where)
     if found.model_type != "bert" or found.intermediate_size != 4 * found.hidden_size:
-        raise CorpusError(f"{where} is not a BERT with feed-forward layers of four times its width: a decoder needs one")
+        raise CorpusError(
+            f"{where} is not a BERT with feed-forward layers of four times its width: a decoder needs one"
+        )
     return sized(
         config, decoder_width=found.hidden_size, decoder_heads=found.num_attention_heads,
         decoder_layers=min(config.decoder_layers, found.num_hidden_layers),

@@ -647,30 +647,34 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder for the captioner.")],
     clean: Annotated[list[str] | None, typer.Option(help="Source of clean pairs for fine-tuning; repeatable.")] = None,
     architecture: Annotated[
-        str, typer.Option(help="`paper` (ViT-B/16, 3000 codes, BERT decoder) or `tiny`, for CPUs.")
+        str, typer.Option(help="`paper` (ViT-B/16, 3000 codes, BERT decoder), `authors` or `tiny`, for CPUs.")
     ] = "paper",
     exclude: Annotated[
         list[str] | None, typer.Option(help="Source whose pairs are held out of training; repeatable.")
     ] = None,
-    codes: Annotated[
-        int | None, typer.Option(help="Codes of the codebook.  [default: the architecture's]", min=2)
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any number of the architecture or its recipe; repeatable."),
     ] = None,
-    epochs_noisy: Annotated[int | None, typer.Option(help="Epochs of pre-training.", min=0)] = None,
-    epochs_clean: Annotated[int | None, typer.Option(help="Epochs of fine-tuning.", min=0)] = None,
     text_encoder: Annotated[
-        Path | None, typer.Option(help="BERT folder that embeds keywords.  [default: MiniLM of the extra `corpus`]")
+        str | None, typer.Option(help="BERT that embeds keywords: folder or hub id.  [default: the packaged MiniLM]")
     ] = None,
     encoder_weights: Annotated[
-        Path | None, typer.Option(help="Weights of the image encoder.  [default: those of the extra `corpus`]")
+        str | None, typer.Option(help="ViT or BLIP that the image encoder starts from: folder or hub id.")
+    ] = None,
+    decoder_weights: Annotated[
+        str | None, typer.Option(help="BERT that the decoder starts from: folder or hub id.")
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder for the features of a frozen encoder.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of every choice.", min=0)] = 0,
     threads: Annotated[int | None, typer.Option(help="Threads of torch.  [default: one a core]", min=1)] = None,
     json: Json = False,
 ) -> None:
-    """Train a codebook captioner (the paper's stage 1, first form); `bootstrap` makes a bundle of it.
+    """Train a codebook captioner (the paper's stage 1); `bootstrap` makes a bundle of it. Typed again after a kill, it goes on.
 
-    Example: tldr-stream train --noisy './noisy/*.tar' --clean './clean/*.tar' --architecture tiny --out ./captioner
+    Example: tldr-stream train --noisy './noisy/*.tar' --clean './clean/*.tar' --architecture tiny --set codes=500 --out captioner
+
+    Several GPUs: torchrun --nproc-per-node 8 -m stream train --noisy … --out captioner
     """
     from stream.results import show
     from stream.train import train as job
@@ -681,17 +685,17 @@ def train(
         out,
         architecture=architecture,
         exclude=exclude or (),
-        codes=codes,
-        epochs_noisy=epochs_noisy,
-        epochs_clean=epochs_clean,
+        settings=settings or (),
         text_encoder=text_encoder,
         encoder_weights=encoder_weights,
+        decoder_weights=decoder_weights,
         cache=cache,
         seed=seed,
         threads=threads,
         progress=_say,
     )
-    show(result, json)
+    if result is not None:  # only the first process of a torchrun has something to say
+        show(result, json)
 
 
 @app.command(cls=JobCommand)

@@ -5,16 +5,19 @@ Must not know Kafka; how a captioner learns is models/training.py's business.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stream.errors import TldrError
-from stream.pair_sources import BadEntry, open_source
+from stream.pair_sources import BadEntry, SourcePair, open_source
 
 if TYPE_CHECKING:
-    from models.training import TrainingPair
+    from models.captioner import CaptionerConfig
+    from models.pair_store import TrainingPair
+    from models.training import TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class TrainResult:
     """A captioner on disk."""
 
     out: Path
+    log: Path
+    curves: Path
     version: str
     noisy_pairs: int
     clean_pairs: int
@@ -35,6 +40,7 @@ class TrainResult:
         yield f"captioner {self.version[:16]} in {self.out}"
         yield f"trained on {self.noisy_pairs:,} noisy and {self.clean_pairs:,} clean pairs, {self.excluded_pairs:,} held out"
         yield f"language loss {self.language_loss:.3f}; {self.codes_used} codes used, perplexity {self.code_perplexity:.0f}"
+        yield f"log in {self.log}, curves in {self.curves}"
         yield f"next: tldr-stream bootstrap SOURCE --captioner {self.out} --out BUNDLE"
 
 
@@ -44,22 +50,25 @@ def train(
     out: Path,
     *,
     architecture: str = "paper",
+    settings: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    codes: int | None = None,
-    epochs_noisy: int | None = None,
-    epochs_clean: int | None = None,
-    text_encoder: Path | None = None,
-    encoder_weights: Path | None = None,
+    text_encoder: str | None = None,
+    encoder_weights: str | None = None,
+    decoder_weights: str | None = None,
     cache: Path | None = None,
     seed: int = 0,
     threads: int | None = None,
+    topic_pairs: Callable[[], Iterator[SourcePair]] | None = None,
     progress: Callable[[str], None] = print,
-) -> TrainResult:
+) -> TrainResult | None:
     """Train a captioner on the pairs of `noisy` sources, then on those of `clean` ones, and write it to `out`.
 
-    exclude  sources whose pairs are held out: every id in them is left out of the training data.
-    cache    folder for the features of a frozen encoder: a second training with the same images starts at once.
-    Raises   TldrError for an unknown architecture; ModelError for too little data or missing weights.
+    settings     NAME=VALUE, fields of CaptionerConfig and TrainingConfig that differ from the architecture's
+    exclude      sources whose pairs are held out: every id in them is left out of the training data
+    cache        folder for the features of a frozen encoder: a second training with the same images starts at once
+    topic_pairs  more noisy pairs, those of a Kafka topic
+    Returns      None in every process of a torchrun but the first.
+    Raises       TldrError for an unknown architecture or setting; ModelError for too little data or missing weights.
     """
     import torch
 
@@ -68,27 +77,37 @@ def train(
     from models.device import choose_device, fingerprint
     from models.encoding import BATCH
     from models.loaded import CaptionerParts
-    from models.text_embeddings import TextEncoder, packaged_text_encoder
-    from models.training import TrainingConfig, manifest_of, train_captioner
+    from models.text_embeddings import packaged_text_encoder
+    from models.training import RECIPES, Pretrained, manifest_of, tidy, train_captioner
 
     if architecture not in ARCHITECTURES:
         raise TldrError(f'architecture "{architecture}" is unknown: choose one of {", ".join(ARCHITECTURES)}')
     if threads is not None:
         torch.set_num_threads(threads)
-    defaults = TrainingConfig()
-    training = TrainingConfig(
-        epochs_noisy=defaults.epochs_noisy if epochs_noisy is None else epochs_noisy,
-        epochs_clean=defaults.epochs_clean if epochs_clean is None else epochs_clean,
-        seed=seed,
-    )
-    config = ARCHITECTURES[architecture]
-    held_out = {pair.id for source in exclude for pair in _pairs(source)}
-    noisy_pairs, clean_pairs = ([p for s in sources for p in _pairs(s)] for sources in (noisy, clean))
-    kept_noisy, kept_clean = ([p for p in pairs if p.id not in held_out] for pairs in (noisy_pairs, clean_pairs))
+    config, training = with_settings(ARCHITECTURES[architecture], replace(RECIPES[architecture], seed=seed), settings)
+    held_out, left_out = {pair.id for source in exclude for pair in _pairs(source)}, set[str]()
+
+    def kept(pairs: Iterator[TrainingPair]) -> Iterator[TrainingPair]:
+        for pair in pairs:
+            if pair.id in held_out:
+                left_out.add(pair.id)
+            else:
+                yield pair
+
+    def all_noisy() -> Iterator[TrainingPair]:
+        for source in noisy:
+            yield from _pairs(source)
+        if topic_pairs is not None:
+            yield from _with_images(topic_pairs())
+
+    work = out.with_name(f"{out.name}.training")
     trained = train_captioner(
-        sized(config, vocabulary=config.vocabulary, codes=codes), training, kept_noisy, kept_clean,
-        TextEncoder(text_encoder or packaged_text_encoder()), encoder_weights, cache, progress,
+        sized(config), training, kept(all_noisy()), kept(p for source in clean for p in _pairs(source)),
+        Pretrained(text_encoder or str(packaged_text_encoder()), encoder_weights, decoder_weights), work, cache,
+        progress, sources=[list(noisy), list(clean), sorted(exclude), topic_pairs is not None],
     )  # fmt: skip
+    if trained is None:
+        return None
     parts = CaptionerParts(trained.captioner.cpu(), trained.vocabulary, trained.matching)
     about = {
         "architecture": architecture,
@@ -97,18 +116,53 @@ def train(
         **manifest_of(trained),
     }
     manifest = write_bundle(out, parts.contents(), about)
-    last = trained.epochs[-1]
+    tidy(work)
+    last = trained.log[-1]
     return TrainResult(
-        out, manifest.version, trained.pairs["noisy"], trained.pairs["clean"],
-        len(noisy_pairs) + len(clean_pairs) - len(kept_noisy) - len(kept_clean),
-        last.language_loss, last.usage.used, last.usage.perplexity,
+        out, work / "log.jsonl", work / "curves.png", manifest.version, trained.pairs["noisy"], trained.pairs["clean"],
+        len(left_out), last.language_loss, last.codes_used, last.code_perplexity,
     )  # fmt: skip
 
 
-def _pairs(source: str) -> Iterator[TrainingPair]:
-    """The pairs of a source that carry their image; whatever else lies in it is passed over."""
-    from models.training import TrainingPair
+def with_settings(
+    config: CaptionerConfig, training: TrainingConfig, settings: Sequence[str]
+) -> tuple[CaptionerConfig, TrainingConfig]:
+    """Both with the fields changed that `settings` (NAME=VALUE) name. Raises TldrError for a name or value that is none."""
+    changes: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    known = {f.name: (f, 0) for f in fields(config)} | {f.name: (f, 1) for f in fields(training)}
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
+            raise TldrError(f"--set {setting}: no such setting; {hint}")
+        field, place = known[name]
+        kind = getattr(field.type, "__name__", str(field.type))
+        try:
+            changes[place][name] = _value(kind, value)
+        except (KeyError, ValueError):
+            raise TldrError(
+                f"--set {setting}: {name} takes a value of type {kind}, for example {field.default}"
+            ) from None
+    return replace(config, **changes[0]), replace(training, **changes[1])
 
-    for entry in open_source(source):
+
+def _value(kind: str, text: str) -> bool | int | float | str:
+    if kind == "bool":
+        return {"true": True, "false": False}[text.lower()]
+    if kind == "int":
+        return int(text)
+    return float(text) if kind == "float" else text
+
+
+def _with_images(entries: Iterable[SourcePair | BadEntry]) -> Iterator[TrainingPair]:
+    """The pairs that carry their image; whatever else comes is passed over."""
+    from models.pair_store import TrainingPair
+
+    for entry in entries:
         if not isinstance(entry, BadEntry) and entry.image is not None:
             yield TrainingPair(entry.id, entry.caption, entry.image)
+
+
+def _pairs(source: str) -> Iterator[TrainingPair]:
+    return _with_images(open_source(source))

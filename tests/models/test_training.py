@@ -14,8 +14,8 @@ from transformers import BertConfig, BertModel
 from models.captioner import PAPER
 from models.errors import CorpusError
 from models.loaded import CaptionerParts
-from models.text_embeddings import TextEncoder
-from models.training import Trained, TrainingConfig, TrainingPair, train_captioner
+from models.pair_store import TrainingPair
+from models.training import Pretrained, Trained, TrainingConfig, train_captioner
 from models.vocabulary import of_pieces
 from tests.models.conftest import CAPTIONS, drawing
 
@@ -23,11 +23,11 @@ CONFIG = replace(
     PAPER, side=32, vit_patch=8, tokens=16, feature_width=16, vit_layers=1, vit_heads=2, code_width=24, codes=10,
     decoder_layers=1, decoder_width=24, decoder_heads=2, caption_pieces_max=8,
 )  # fmt: skip
-QUICK = TrainingConfig(epochs_noisy=3, epochs_clean=1, epochs_matching=2, batch=8, seed=4)
+QUICK = TrainingConfig(epochs_noisy=3, epochs_clean=1, epochs_matching=2, batch=8, log_every=1, seed=4)
 
 
 @pytest.fixture(scope="module")
-def text_encoder(tmp_path_factory: pytest.TempPathFactory) -> TextEncoder:
+def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A BERT with random weights in a folder, as transformers writes it."""
     folder: Path = tmp_path_factory.mktemp("bert")
     vocabulary = of_pieces(sorted({w for c in CAPTIONS for w in c.split()}))
@@ -37,7 +37,7 @@ def text_encoder(tmp_path_factory: pytest.TempPathFactory) -> TextEncoder:
     )
     BertModel(narrow).save_pretrained(folder)
     vocabulary.save(folder / "tokenizer.json")
-    return TextEncoder(folder)
+    return str(folder)
 
 
 def pairs(copies: int = 3) -> Iterator[TrainingPair]:
@@ -48,39 +48,44 @@ def pairs(copies: int = 3) -> Iterator[TrainingPair]:
             yield TrainingPair(f"{copy}-{number}", caption, out.getvalue())
 
 
-def train(text_encoder: TextEncoder, config: TrainingConfig = QUICK) -> Trained:
-    return train_captioner(CONFIG, config, pairs(), pairs(1), text_encoder, progress=lambda _: None)
+def train(bert: str, work: Path, config: TrainingConfig = QUICK) -> Trained:
+    trained = train_captioner(CONFIG, config, pairs(), pairs(1), Pretrained(bert), work, progress=lambda _: None)
+    assert trained is not None
+    return trained
 
 
-def test_the_loss_falls_in_both_stages_and_bad_pairs_are_left_out(text_encoder: TextEncoder) -> None:
+def test_the_loss_falls_in_both_phases_and_bad_pairs_are_left_out(bert: str, tmp_path: Path) -> None:
     bad = [TrainingPair("x", "a circle", b"no image"), TrainingPair("y", "  ", next(pairs()).image)]
 
-    trained = train_captioner(CONFIG, QUICK, [*pairs(), *bad], pairs(1), text_encoder, progress=lambda _: None)
+    trained = train_captioner(CONFIG, QUICK, [*pairs(), *bad], pairs(1), Pretrained(bert), tmp_path, progress=print)
 
-    assert [e.stage for e in trained.epochs] == ["noisy"] * 3 + ["clean"]
-    assert trained.epochs[-1].language_loss < trained.epochs[0].language_loss
+    assert trained is not None
+    assert [(e.phase, e.step) for e in trained.log] == [("noisy", i + 1) for i in range(9)] + [("clean", 1)]
+    assert trained.log[8].language_loss < trained.log[0].language_loss
     assert trained.pairs == {"noisy": 24, "clean": 8}
     assert len(trained.keywords) == 10 and "red" in trained.keywords
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_same_seed_trains_the_same_captioner(text_encoder: TextEncoder) -> None:
-    one, same, other = train(text_encoder), train(text_encoder), train(text_encoder, replace(QUICK, seed=5))
+def test_the_same_seed_trains_the_same_captioner(bert: str, tmp_path: Path) -> None:
+    one, same = train(bert, tmp_path / "1"), train(bert, tmp_path / "2")
+    other = train(bert, tmp_path / "3", replace(QUICK, seed=5))
 
     contents = [CaptionerParts(t.captioner, t.vocabulary, t.matching).contents() for t in (one, same, other)]
 
     assert contents[0] == contents[1] != contents[2]
 
 
-def test_no_pair_that_decodes_is_one_clear_error(text_encoder: TextEncoder) -> None:
+def test_no_pair_that_decodes_is_one_clear_error(bert: str, tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="could be decoded"):
-        train_captioner(CONFIG, QUICK, [TrainingPair("x", "a cat", b"no image")], [], text_encoder)
+        train_captioner(CONFIG, QUICK, [TrainingPair("x", "a cat", b"no image")], [], Pretrained(bert), tmp_path)
 
 
-def test_training_leaves_the_caller_s_random_numbers_alone(text_encoder: TextEncoder) -> None:
+def test_training_leaves_the_caller_s_random_numbers_alone(bert: str, tmp_path: Path) -> None:
     torch.manual_seed(9)
     expected = torch.rand(3)
 
     torch.manual_seed(9)
-    train(text_encoder, replace(QUICK, epochs_noisy=1, epochs_clean=0))
+    train(bert, tmp_path, replace(QUICK, epochs_noisy=1, epochs_clean=0))
 
     assert np.array_equal(torch.rand(3).numpy(), expected.numpy())
