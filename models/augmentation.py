@@ -53,7 +53,8 @@ POLICIES: dict[str, Policy] = {
 
 def augmented(pixels: Pixels, side: int, rng: np.random.Generator) -> Pixels:
     """A crop of (S, S, 3) `pixels` at side × side, mirrored half of the time, with OPERATIONS random policies."""
-    image = Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC, _crop(*pixels.shape[:2], rng))
+    box = _crop(pixels.shape[0], pixels.shape[1], rng)
+    image = Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC, box)
     if rng.random() < 0.5:
         image = ImageOps.mirror(image)
     for name in rng.choice(list(POLICIES), OPERATIONS):

@@ -68,7 +68,7 @@ def load_decoder(captioner: Captioner, vocabulary: Vocabulary, where: str) -> No
 
     Cross-attention, which a BERT lacks, and pieces that it does not know keep their random start.
     """
-    source = dict(_loaded(BertModel, where, add_pooling_layer=False).named_parameters())
+    source = dict(_loaded(BertModel, where).named_parameters())
     known = AutoTokenizer.from_pretrained(where).get_vocab()
     for name, parameter in captioner.decoder.bert.bert.named_parameters():
         found = source.get(name)

@@ -36,7 +36,7 @@ class TextEncoder:
 
     def __init__(self, where: Path | str) -> None:
         try:
-            self.bert = BertModel.from_pretrained(str(where), add_pooling_layer=False)  # comes in evaluation mode
+            self.bert = BertModel.from_pretrained(str(where))  # comes in evaluation mode
             self.tokenizer: Tokenizer = AutoTokenizer.from_pretrained(str(where)).backend_tokenizer
         except (OSError, ValueError) as error:
             raise CorpusError(f"{where} is neither a BERT folder nor a hub id that can be fetched: {error}") from error

@@ -147,6 +147,7 @@ class Learner(nn.Module):
 def train_captioner(
     config: CaptionerConfig, training: TrainingConfig, noisy: Iterable[TrainingPair], clean: Iterable[TrainingPair],
     pretrained: Pretrained, work: Path, cache: Path | None = None, progress: Progress = print, *, sources: object = None,
+    after_phase: Callable[[str, Captioner, Vocabulary], None] | None = None,
 ) -> Trained | None:  # fmt: skip
     """Train as the paper does: codebook from keywords, noisy pairs first, clean ones after. Goes on where it was killed.
 
@@ -154,6 +155,7 @@ def train_captioner(
     cache    folder for what depends on the data alone (features of a frozen encoder, embeddings of the captions), so that the
              next training need not compute it; default: `work`.
     sources  what the pairs were read from: a training is gone on with only where this, and all else, is as it was.
+    after_phase  is shown the captioner after "noisy" and after "clean", for measurements; it must leave it as it is.
     Returns  None in every process but the first.
     Raises   CorpusError for too few pairs, missing weights, or a `work` that another training has begun.
     """
@@ -162,7 +164,7 @@ def train_captioner(
             settings = [config.as_dict(), asdict(training), asdict(pretrained), sources]
             _prepare(config, training, noisy, clean, pretrained, work, cache or work, settings, progress)
         wait()
-        return _train(training, pretrained, work, cache or work, progress)
+        return _train(training, pretrained, work, cache or work, progress, after_phase)
 
 
 def tidy(work: Path) -> None:
@@ -248,8 +250,9 @@ def _prepare(
 
 
 def _train(
-    training: TrainingConfig, pretrained: Pretrained, work: Path, cache: Path, progress: Progress
-) -> Trained | None:
+    training: TrainingConfig, pretrained: Pretrained, work: Path, cache: Path, progress: Progress,
+    after_phase: Callable[[str, Captioner, Vocabulary], None] | None,
+) -> Trained | None:  # fmt: skip
     """From the checkpoint to the end, in every process."""
     at, config = checkpoint.position(work / "checkpoint.safetensors")
     words = vocabulary.load(work / "tokenizer.json")
@@ -272,6 +275,8 @@ def _train(
     for phase in PHASES[PHASES.index(at.phase) : -1]:
         if len(stores[phase]) and (training.epochs_noisy if phase == "noisy" else training.epochs_clean):
             _run_phase(learner, examples[phase], phase, at.step, training, work, log, progress)
+            if after_phase is not None and rank() == 0:
+                after_phase(phase, captioner.eval(), words)
         at = Position(PHASES[PHASES.index(phase) + 1], 0)
         if rank() == 0:
             checkpoint.save(work / "checkpoint.safetensors", learner, None, at, config)
@@ -519,6 +524,10 @@ def _matching(
     training: TrainingConfig, progress: Progress,
 ) -> MatchingHead:  # fmt: skip
     """The bundle's own ITM head, fitted to the index vectors of the trained captioner."""
+    codebook = captioner.quantiser.codebook.codes.detach().cpu().clone()
+    head = MatchingHead(len(codebook), codebook.shape[1], len(words))
+    if training.epochs_matching == 0:
+        return head.eval()
     rng = np.random.default_rng(training.seed)
     hashes = np.concatenate([e.store.caption_hashes for e in examples])
     order = rng.permutation(len(hashes))[: training.matching_pairs_max]
@@ -532,8 +541,6 @@ def _matching(
         [_vectors(captioner, e, own) for e, own in zip(examples, _split(order, noisy_count), strict=True)]
     )
     captions = [c for e, own in zip(examples, _split(order, noisy_count), strict=True) for c in e.store.captions(own)]
-    codebook = captioner.quantiser.codebook.codes.detach().cpu().clone()
-    head = MatchingHead(len(codebook), codebook.shape[1], len(words))
     width = head.word_bag.weight.shape[1]
     embedded = text_encoder.words(words.pieces)
     with torch.no_grad():

@@ -672,7 +672,7 @@ def train(
 ) -> None:
     """Train a codebook captioner (the paper's stage 1); `bootstrap` makes a bundle of it. Typed again after a kill, it goes on.
 
-    Example: tldr-stream train --noisy './noisy/*.tar' --clean './clean/*.tar' --architecture tiny --set codes=500 --out captioner
+    Example: tldr-stream train --noisy './noisy/*.tar' --clean './clean/*.tar' --architecture tiny --out ./captioner
 
     Several GPUs: torchrun --nproc-per-node 8 -m stream train --noisy … --out captioner
     """
