@@ -5,6 +5,7 @@ Must not do work: jobs are imported inside the commands, so that `--help` needs 
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -643,8 +644,14 @@ def _source(
 
 @app.command(cls=JobCommand)
 def train(
-    noisy: Annotated[list[str], typer.Option(help="Source of noisy pairs for pre-training; repeatable.")],
     out: Annotated[Path, typer.Option(help="Folder for the captioner.")],
+    noisy: Annotated[
+        list[str] | None, typer.Option(help="Source of noisy pairs, for pre-training; repeatable.")
+    ] = None,
+    topic: Annotated[
+        str | None, typer.Option(help="Raw topic with noisy pairs, instead of sources or with them.")
+    ] = None,
+    records: Annotated[int | None, typer.Option(help="Newest records of the topic.  [default: all]", min=1)] = None,
     clean: Annotated[list[str] | None, typer.Option(help="Source of clean pairs for fine-tuning; repeatable.")] = None,
     architecture: Annotated[
         str, typer.Option(help="`paper` (ViT-B/16, 3000 codes, BERT decoder), `authors` or `tiny`, for CPUs.")
@@ -668,6 +675,16 @@ def train(
     cache: Annotated[Path | None, typer.Option(help="Folder for the features of a frozen encoder.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of every choice.", min=0)] = 0,
     threads: Annotated[int | None, typer.Option(help="Threads of torch.  [default: one a core]", min=1)] = None,
+    raw_format: Annotated[
+        str, typer.Option(help="How the topic's records are written: tldr, json, avro or confluent.")
+    ] = "tldr",
+    field: Annotated[
+        list[str] | None, typer.Option(help="id, caption or image=dotted.path in a raw record; repeatable.")
+    ] = None,
+    bootstrap_servers: BootstrapServers = DEFAULT_BOOTSTRAP,
+    kafka: KafkaSettings = None,
+    kafka_properties: KafkaProperties = None,
+    schema_registry: SchemaRegistry = None,
     json: Json = False,
 ) -> None:
     """Train a codebook captioner (the paper's stage 1); `bootstrap` makes a bundle of it. Typed again after a kill, it goes on.
@@ -679,19 +696,29 @@ def train(
     from stream.results import show
     from stream.train import train as job
 
+    topic_pairs = None
+    if topic is not None:
+        from stream.raw_format import raw_reader
+        from stream.topic_pairs import pairs_of_topic
+
+        source = _source(topic, None, bootstrap_servers, kafka, kafka_properties, None, schema_registry)
+        reader = raw_reader(raw_format, field or (), registry=source.registry)
+        topic_pairs = partial(pairs_of_topic, source.connection, topic, reader, records)
     result = job(
-        noisy,
+        noisy or [],
         clean or [],
         out,
         architecture=architecture,
-        exclude=exclude or (),
         settings=settings or (),
+        exclude=exclude or (),
         text_encoder=text_encoder,
         encoder_weights=encoder_weights,
         decoder_weights=decoder_weights,
         cache=cache,
         seed=seed,
         threads=threads,
+        topic=topic and f"{topic}, {records or 'all'}",
+        topic_pairs=topic_pairs,
         progress=_say,
     )
     if result is not None:  # only the first process of a torchrun has something to say

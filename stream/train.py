@@ -58,7 +58,8 @@ def train(
     cache: Path | None = None,
     seed: int = 0,
     threads: int | None = None,
-    topic_pairs: Callable[[], Iterator[SourcePair]] | None = None,
+    topic: str | None = None,
+    topic_pairs: Callable[[], Iterable[SourcePair | BadEntry]] | None = None,
     progress: Callable[[str], None] = print,
 ) -> TrainResult | None:
     """Train a captioner on the pairs of `noisy` sources, then on those of `clean` ones, and write it to `out`.
@@ -66,7 +67,7 @@ def train(
     settings     NAME=VALUE, fields of CaptionerConfig and TrainingConfig that differ from the architecture's
     exclude      sources whose pairs are held out: every id in them is left out of the training data
     cache        folder for the features of a frozen encoder: a second training with the same images starts at once
-    topic_pairs  more noisy pairs, those of a Kafka topic
+    topic_pairs  more noisy pairs, those of the Kafka topic `topic`
     Returns      None in every process of a torchrun but the first.
     Raises       TldrError for an unknown architecture or setting; ModelError for too little data or missing weights.
     """
@@ -80,6 +81,8 @@ def train(
     from models.text_embeddings import packaged_text_encoder
     from models.training import RECIPES, Pretrained, manifest_of, tidy, train_captioner
 
+    if not noisy and topic_pairs is None:
+        raise TldrError("nothing to pre-train on: name a source with --noisy, or a raw topic with --topic")
     if architecture not in ARCHITECTURES:
         raise TldrError(f'architecture "{architecture}" is unknown: choose one of {", ".join(ARCHITECTURES)}')
     if threads is not None:
@@ -104,7 +107,7 @@ def train(
     trained = train_captioner(
         sized(config), training, kept(all_noisy()), kept(p for source in clean for p in _pairs(source)),
         Pretrained(text_encoder or str(packaged_text_encoder()), encoder_weights, decoder_weights), work, cache,
-        progress, sources=[list(noisy), list(clean), sorted(exclude), topic_pairs is not None],
+        progress, sources=[list(noisy), list(clean), sorted(exclude), topic],
     )  # fmt: skip
     if trained is None:
         return None

@@ -80,6 +80,31 @@ def test_a_code_that_nobody_chooses_is_revived_on_a_token() -> None:
     assert codebook.codes[1].tolist() in tokens[0].tolist()
 
 
+def test_codes_that_learn_by_gradients_are_pulled_by_the_commitment_loss_and_only_counted() -> None:
+    codebook = Codebook(torch.tensor([[0.0, 0.0], [9.0, 9.0]]), decay=0.5)
+    codebook.learn_by("gradient")
+    tokens = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+
+    _, indices, loss = codebook(tokens)
+    loss.backward()
+    codebook.follow(tokens, indices)
+
+    assert (
+        codebook.codes.grad is not None and codebook.codes.grad[0].abs().sum() > 0 == codebook.codes.grad[1].abs().sum()
+    )
+    assert codebook.codes.tolist() == [[0.0, 0.0], [9.0, 9.0]] and codebook.counts.tolist() == [1.5, 0.5]
+
+
+def test_the_way_a_codebook_learns_leaves_no_trace_in_its_file() -> None:
+    codebook = Codebook(torch.randn(5, 3))
+    before = codebook.state_dict()
+
+    codebook.learn_by("gradient")
+    codebook.learn_by("ema")
+
+    assert before.keys() == codebook.state_dict().keys() == {"codes"} and not list(codebook.parameters())
+
+
 def test_usage_of_an_even_codebook_is_its_size() -> None:
     assert usage(torch.full((8,), 5)).perplexity == pytest.approx(8)
     assert usage(torch.tensor([5, 0, 0])).used == 1 and usage(torch.tensor([5, 0, 0])).perplexity == pytest.approx(1)
