@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from models.captioner import CaptionerConfig
 
-PHASES = ("noisy", "clean", "done")
-
 
 @dataclass(frozen=True)
 class Position:

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from models import checkpoint, starting, vocabulary
 from models.batches import Draws, Examples, Part, Rows, at_most
 from models.captioner import Captioner, CaptionerConfig, sized
-from models.checkpoint import PHASES, Position
+from models.checkpoint import Position
 from models.codebook import look_up, usage
 from models.device import choose_device, seeded
 from models.distributed import joined, rank, summed, wait, world
@@ -36,7 +36,7 @@ from models.matching import MatchingHead, calibrate, train_head
 from models.pair_store import THREADS, PairStore, TrainingPair
 from models.pretrained import load_decoder, load_encoder, sizes_of_decoder, sizes_of_encoder, tokenizer_of
 from models.text_embeddings import TextEncoder
-from models.training_log import Entry, TrainingLog, draw
+from models.training_log import PHASES, Entry, TrainingLog, draw
 from models.vocabulary import Vocabulary, prune
 
 Progress = Callable[[str], None]

@@ -4,6 +4,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+PHASES = ("noisy", "clean", "done")
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -41,8 +43,9 @@ class TrainingLog:
         return [Entry(**json.loads(line)) for line in lines if line.endswith("\n")]
 
     def cut_behind(self, phase: str, step: int) -> None:
-        """Keep what was written before step `step` of `phase` was over, and nothing later."""
-        kept = [e for e in self.read() if (e.phase == phase and e.step <= step) or (e.phase == "noisy" != phase)]
+        """Keep what was written up to step `step` of `phase`, and nothing later."""
+        end = (PHASES.index(phase), step)
+        kept = [e for e in self.read() if (PHASES.index(e.phase), e.step) <= end]
         self.file.write_text("".join(json.dumps(asdict(e)) + "\n" for e in kept), "utf-8")
 
 

@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import BertConfig, BertModel, BlipVisionConfig, BlipVisionModel, ViTConfig, ViTModel
 
-from models.captioner import AUTHORS, PAPER, Captioner, CaptionerConfig, sized
+from models.captioner import AUTHORS, PAPER, Captioner, CaptionerConfig, VitEncoder, sized
 from models.errors import CorpusError, ShapeError
 from models.pretrained import load_decoder, load_encoder, sizes_of_decoder, sizes_of_encoder
 from models.vocabulary import PAD, START, STOP, of_pieces
@@ -56,11 +57,11 @@ def test_the_authors_decoder_sees_the_image_and_keeps_the_class_token() -> None:
 
 @pytest.mark.parametrize("kind", ["vit", "blip"])
 def test_an_encoder_starts_from_a_published_checkpoint_s_folder(kind: str, tmp_path: Path) -> None:
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32,
         "patch_size": 8,
     }  # fmt: skip
-    network = (
+    network: Any = (
         ViTModel(ViTConfig(**sizes), add_pooling_layer=False)
         if kind == "vit"
         else BlipVisionModel(BlipVisionConfig(**sizes, initializer_range=0.02))
@@ -72,6 +73,7 @@ def test_an_encoder_starts_from_a_published_checkpoint_s_folder(kind: str, tmp_p
     load_encoder(captioner, str(tmp_path))
 
     encoder = captioner.encoder
+    assert isinstance(encoder, VitEncoder)
     scaled = (pixels - encoder.mean) / encoder.std
     expected = network.eval()(pixel_values=scaled).last_hidden_state[:, 1:]
     assert captioner.config.encoder == kind and captioner.config.tokens == 16
@@ -80,7 +82,7 @@ def test_an_encoder_starts_from_a_published_checkpoint_s_folder(kind: str, tmp_p
 
 def test_a_decoder_starts_from_a_bert_whatever_the_numbers_of_its_pieces(tmp_path: Path) -> None:
     theirs = of_pieces(["cat", "dog", "fish"])
-    source = BertModel(
+    source: Any = BertModel(
         BertConfig(
             vocab_size=len(theirs), hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64
         )
@@ -94,7 +96,7 @@ def test_a_decoder_starts_from_a_bert_whatever_the_numbers_of_its_pieces(tmp_pat
 
     load_decoder(captioner, ours, str(tmp_path))
 
-    bert = captioner.decoder.bert.bert
+    bert: Any = captioner.decoder.bert.bert
     place = {p: i for i, p in enumerate(ours.pieces)}["fish"]
     assert (captioner.config.decoder_width, captioner.config.decoder_layers) == (16, 2)
     assert torch.equal(

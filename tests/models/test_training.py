@@ -16,6 +16,7 @@ from models.errors import CorpusError
 from models.loaded import CaptionerParts
 from models.pair_store import TrainingPair
 from models.training import Pretrained, Trained, TrainingConfig, train_captioner
+from models.training_log import Entry, TrainingLog
 from models.vocabulary import of_pieces
 from tests.models.conftest import CAPTIONS, drawing
 
@@ -89,3 +90,57 @@ def test_training_leaves_the_caller_s_random_numbers_alone(bert: str, tmp_path: 
     train(bert, tmp_path, replace(QUICK, epochs_noisy=1, epochs_clean=0))
 
     assert np.array_equal(torch.rand(3).numpy(), expected.numpy())
+
+
+def test_a_batch_in_parts_with_recomputed_activations_is_learnt_from_as_a_whole(bert: str, tmp_path: Path) -> None:
+    quiet = replace(CONFIG, dropout=0.0)
+    config = replace(QUICK, epochs_matching=0)
+    in_parts = replace(config, accumulation=4, activation_checkpoints=True)
+    curves = []
+
+    for name, training in (("whole", config), ("parts", in_parts)):
+        trained = train_captioner(
+            quiet, training, pairs(), pairs(1), Pretrained(bert), tmp_path / name, progress=lambda _: None
+        )
+        assert trained is not None
+        curves.append([e.language_loss for e in trained.log])
+
+    assert curves[1] == pytest.approx(curves[0], rel=1e-3)
+
+
+def test_bfloat16_learns_what_float32_learns_to_its_precision(bert: str, tmp_path: Path) -> None:
+    config = replace(QUICK, epochs_noisy=1, epochs_clean=0, epochs_matching=0)
+
+    full = train(bert, tmp_path / "full", config)
+    half = train(bert, tmp_path / "half", replace(config, precision="bfloat16"))
+
+    assert [e.language_loss for e in half.log] == pytest.approx([e.language_loss for e in full.log], rel=0.02)
+    assert all(p.dtype == torch.float32 for p in half.captioner.parameters())
+
+
+@pytest.mark.parametrize("start", ["xavier", "uniform", "words"])
+def test_codes_start_at_random_or_from_a_word_list_where_asked(start: str, bert: str, tmp_path: Path) -> None:
+    tags = tmp_path / "tags.txt"
+    tags.write_text("\n".join(f"word {i}" for i in range(12)), "utf-8")
+    start = str(tags) if start == "words" else start
+
+    trained = train(
+        bert, tmp_path / "work", replace(QUICK, epochs_noisy=1, epochs_clean=0, epochs_matching=0, codebook_start=start)
+    )
+
+    assert trained.keywords == ([f"word {i}" for i in range(10)] if start == str(tags) else [])
+
+
+def test_a_log_is_cut_behind_its_checkpoint(tmp_path: Path) -> None:
+    log = TrainingLog(tmp_path / "log.jsonl")
+    for phase, step in (("noisy", 1), ("noisy", 2), ("clean", 1), ("clean", 2)):
+        log.add(Entry(phase, step, 2, 1.0, 1.0, 0.1, 5, 4.0, 1e-3, 9.0, 1.0))
+    with open(log.file, "a", encoding="utf-8") as half_written:
+        half_written.write('{"phase": "cle')
+
+    kept = []
+    for phase, step in (("done", 0), ("clean", 1), ("clean", 0), ("noisy", 1)):
+        log.cut_behind(phase, step)
+        kept.append(len(log.read()))
+
+    assert kept == [4, 3, 2, 1]
