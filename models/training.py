@@ -50,7 +50,7 @@ MANIFEST_ENTRIES_MAX = 100
 class TrainingConfig:
     """How to train; the defaults are the recipe that two cores can afford, found by docs/tried.md's comparisons."""
 
-    epochs_noisy: int = 9
+    epochs_noisy: int = 10
     epochs_clean: int = 1
     epochs_matching: int = 25
     batch: int = 64  # pairs of a step, of all processes together

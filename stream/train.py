@@ -72,6 +72,7 @@ def train(
     Raises       TldrError for an unknown architecture or setting; ModelError for too little data or missing weights.
     """
     import torch
+    from transformers.utils import logging as transformers_logging
 
     from models.bundle import write_bundle
     from models.captioner import ARCHITECTURES, sized
@@ -85,6 +86,8 @@ def train(
         raise TldrError("nothing to pre-train on: name a source with --noisy, or a raw topic with --topic")
     if architecture not in ARCHITECTURES:
         raise TldrError(f'architecture "{architecture}" is unknown: choose one of {", ".join(ARCHITECTURES)}')
+    transformers_logging.set_verbosity_error()  # its reports of loaded weights are not for the user of this command
+    transformers_logging.disable_progress_bar()
     if threads is not None:
         torch.set_num_threads(threads)
     config, training = with_settings(ARCHITECTURES[architecture], replace(RECIPES[architecture], seed=seed), settings)
