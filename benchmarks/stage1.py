@@ -16,7 +16,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from numpy.typing import NDArray  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from models.bundle import load_model, read_files  # noqa: E402
-from models.captioner import TINY, Captioner  # noqa: E402
+from models.captioner import ARCHITECTURES, TINY, Captioner  # noqa: E402
 from models.captioning import generate  # noqa: E402
 from models.clustering import FORMS, fit  # noqa: E402
 from models.codebook import look_up  # noqa: E402
@@ -57,7 +57,6 @@ EPOCHS = 3  # of noisy training: the bundle takes nine; differences show earlier
 CAPTIONED = 300  # held-out images that each captioner describes
 CLUSTERS = 50
 CANDIDATES = 100
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 SHORT = replace(RECIPES["tiny"], epochs_noisy=EPOCHS, epochs_clean=1, epochs_matching=0)
 # name → (what it is, sizes, recipe)
@@ -398,6 +397,8 @@ COLUMNS = (
 
 def _render() -> None:
     units = _done()
+    if not units:
+        return
     PICTURES.mkdir(exist_ok=True)
     lines = [f"Units measured: {len(units)}; {min(u['date'] for u in units)} to {max(u['date'] for u in units)}.", ""]
     lines += ["### Held out, after the noisy phase", "", _header(), "|---|---|" + "---|" * len(COLUMNS)]
@@ -444,9 +445,22 @@ def _render() -> None:
         if unit["unit"] == "bundle":
             lines += ["", *_bundle_lines(unit)]
             break
-    page = PAGE.read_text("utf-8")
-    before, _, rest = page.partition(BEGIN)
-    PAGE.write_text(before + BEGIN + "\n\n" + "\n".join(lines) + "\n\n" + END + rest.partition(END)[2], "utf-8")
+    page = _replaced(PAGE.read_text("utf-8"), "measured", lines)
+    PAGE.write_text(_replaced(page, "settings", _settings()), "utf-8")
+
+
+def _replaced(page: str, name: str, lines: Sequence[str]) -> str:
+    """`page` with `lines` between the markers of that name."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, _, rest = page.partition(begin)
+    return before + begin + "\n\n" + "\n".join(lines) + "\n\n" + end + rest.partition(end)[2]
+
+
+def _settings() -> list[str]:
+    """Every name that --set takes, with its value in each architecture."""
+    sides = [ARCHITECTURES[name].as_dict() | asdict(RECIPES[name]) for name in ARCHITECTURES]
+    lines = [f"| name | {' | '.join(ARCHITECTURES)} |", "|---|" + "---|" * len(sides)]
+    return lines + [f"| `{name}` | {' | '.join(str(side[name]) for side in sides)} |" for name in sides[0]]
 
 
 def _bundle_lines(unit: dict[str, Any]) -> list[str]:
