@@ -87,7 +87,7 @@ def train(
     if architecture not in ARCHITECTURES:
         raise TldrError(f'architecture "{architecture}" is unknown: choose one of {", ".join(ARCHITECTURES)}')
     transformers_logging.set_verbosity_error()  # its reports of loaded weights are not for the user of this command
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if threads is not None:
         torch.set_num_threads(threads)
     config, training = with_settings(ARCHITECTURES[architecture], replace(RECIPES[architecture], seed=seed), settings)

@@ -18,7 +18,7 @@ from tests.models.training_process import EVERY_STEP, NO_DROPOUT
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("training_process.py")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-# Gradients are summed in another order, in float32: 4e-7 here. A code chosen otherwise for it would move a loss by a little more.
+# Gradients are summed in another order, in float32: 4e-7 here. A code chosen otherwise for it would move a loss more.
 TOLERANCE = 1e-4
 
 
