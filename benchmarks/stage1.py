@@ -53,12 +53,13 @@ PAGE = ROOT / "docs" / "stage1.md"
 PICTURES = ROOT / "docs" / "stage1"
 BUNDLE = ROOT / "bundles" / "sample"
 SEEDS = (0, 1, 2)
-EPOCHS = 3  # of noisy training: the bundle takes nine; differences show earlier, and each training takes two minutes
-CAPTIONED = 300  # held-out images that each captioner describes
+EPOCHS = 5  # of noisy training: the bundle takes ten; differences show earlier, and a training then takes two minutes
+CAPTIONED = 200  # held-out images that each captioner describes
 CLUSTERS = 50
 CANDIDATES = 100
 
-SHORT = replace(RECIPES["tiny"], epochs_noisy=EPOCHS, epochs_clean=1, epochs_matching=0)
+# revival begins after a hundred steps, when a code's first count has faded: in so short a training it ends later, too
+SHORT = replace(RECIPES["tiny"], epochs_noisy=EPOCHS, epochs_clean=1, epochs_matching=0, revive_share=0.8)
 # name → (what it is, sizes, recipe)
 VARIANTS: dict[str, tuple[str, Any, TrainingConfig]] = {
     "keywords": ("keywords, moving averages and revival: the bundle's", TINY, SHORT),
@@ -87,11 +88,18 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=8.0, help="stop before this many minutes are over")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--render", action="store_true", help="only write the tables anew from the data")
+    parser.add_argument(
+        "--only", default="", help="prefixes of units, with commas: the others are left for another process"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     began, longest = time.monotonic(), 0.0
     for name, unit in _units():
-        if options.render or name in {u["unit"] for u in _done()}:
+        if (
+            options.render
+            or name in {u["unit"] for u in _done()}
+            or not name.startswith(tuple(options.only.split(",")))
+        ):
             continue
         if longest and time.monotonic() - began + longest > 60 * options.minutes:
             print("the time is over; type the command again to go on", file=sys.stderr)

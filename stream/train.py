@@ -86,7 +86,8 @@ def train(
         raise TldrError("nothing to pre-train on: name a source with --noisy, or a raw topic with --topic")
     if architecture not in ARCHITECTURES:
         raise TldrError(f'architecture "{architecture}" is unknown: choose one of {", ".join(ARCHITECTURES)}')
-    transformers_logging.set_verbosity_error()  # its reports of loaded weights are not for the user of this command
+    # its reports of loaded weights are not for the user of this command
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if threads is not None:
         torch.set_num_threads(threads)
