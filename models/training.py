@@ -467,7 +467,7 @@ def _meanings_name(store: PairStore, pretrained: Pretrained) -> str:
 
 
 def _compute_features(captioner: Captioner, store: PairStore, file: Path, progress: Progress) -> None:
-    """Features of all images, computed once where the encoder does not learn: it costs as much as ten epochs of the rest."""
+    """Features of all images, computed once where the encoder does not learn."""
     if file.exists():
         progress(f"features of {len(store):,} images read from {file.name}")
         return

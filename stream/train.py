@@ -92,9 +92,10 @@ def train(
     if threads is not None:
         torch.set_num_threads(threads)
     config, training = with_settings(ARCHITECTURES[architecture], replace(RECIPES[architecture], seed=seed), settings)
-    held_out, left_out = {pair.id for source in exclude for pair in _pairs(source)}, set[str]()
+    left_out = set[str]()
 
-    def kept(pairs: Iterator[TrainingPair]) -> Iterator[TrainingPair]:
+    def kept(pairs: Iterator[TrainingPair]) -> Iterator[TrainingPair]:  # read by the first process only
+        held_out = {pair.id for source in exclude for pair in _pairs(source)}
         for pair in pairs:
             if pair.id in held_out:
                 left_out.add(pair.id)
