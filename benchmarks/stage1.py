@@ -327,7 +327,7 @@ def _draw_examples(sample: HeldOut, said: list[str], near: NDArray[np.float32], 
 
 
 def _short(text: str) -> str:
-    return (text if len(text) <= 44 else text[:43] + "…").replace("$", r"\$")
+    return (text if len(text) <= 30 else text[:29] + "…").replace("$", r"\$")
 
 
 # --- data ---------------------------------------------------------------------------------------------------------------------
