@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from transformers import BertConfig, BertModel
 
-from models.captioner import PAPER
+from models.captioner import ARCHITECTURES, PAPER, sized
 from models.errors import CorpusError
 from models.loaded import CaptionerParts
 from models.pair_store import TrainingPair
-from models.training import Pretrained, Trained, TrainingConfig, train_captioner
+from models.training import RECIPES, Pretrained, Trained, TrainingConfig, train_captioner
 from models.training_log import Entry, TrainingLog
 from models.vocabulary import of_pieces
 from tests.models.conftest import CAPTIONS, drawing
@@ -144,3 +144,23 @@ def test_a_log_is_cut_behind_its_checkpoint(tmp_path: Path) -> None:
         kept.append(len(log.read()))
 
     assert kept == [4, 3, 2, 1]
+
+
+@pytest.mark.parametrize("name", ["paper", "authors"])
+def test_the_published_recipes_train_as_they_stand_but_for_their_size(name: str, bert: str, tmp_path: Path) -> None:
+    narrow = sized(
+        ARCHITECTURES[name], side=32, vit_patch=8, feature_width=16, vit_layers=1, vit_heads=2, code_width=24, codes=10,
+        decoder_layers=1, decoder_width=24, decoder_heads=2,
+    )  # fmt: skip
+    recipe = replace(
+        RECIPES[name], epochs_noisy=6, epochs_clean=1, epochs_matching=1, batch=8, rate_noisy=3e-3, log_every=3
+    )
+
+    trained = train_captioner(narrow, recipe, pairs(), pairs(1), Pretrained(bert), tmp_path, progress=lambda _: None)
+
+    assert trained is not None
+    noisy = [e for e in trained.log if e.phase == "noisy"]
+    assert noisy[-1].language_loss < noisy[0].language_loss
+    assert noisy[-1].rate == pytest.approx(3e-3 * 0.85**5)
+    assert trained.captioner.config.tokens == (16 if name == "paper" else 17)
+    assert not any(p.requires_grad for p in trained.captioner.parameters())
