@@ -247,7 +247,9 @@ def _clusters(captioner: Captioner, sample: HeldOut, seed: int) -> dict[str, tup
     codes = captioner.quantiser.codebook.codes.detach().numpy()
     names = np.array(sample.families)
     apart, similarity = names[:, None] != names[None], sample.own @ sample.own.T
-    assigned = {f"codes, {form}": fit(vectors, codes, CLUSTERS, form, seed).assign(vectors) for form in FORMS}
+    assigned: dict[str, NDArray[Any]] = {
+        f"codes, {form}": fit(vectors, codes, CLUSTERS, form, seed).assign(vectors) for form in FORMS
+    }
     means = sample.features.mean(1)
     for feature, x in (("image (encoder, mean token)", means - means.mean(0)), ("text (caption as found)", sample.own)):
         unit = np.ascontiguousarray(x / np.linalg.norm(x, axis=1, keepdims=True), np.float32)
