@@ -49,7 +49,8 @@ train-sample: corpus ## train the sample bundle anew and measure it on the held-
 	rm -rf .build/captioner .build/captioner.training
 	$(BIN)/python -m stream train --noisy 'corpus/full/noisy-*.tar' --noisy 'corpus/full/clean-*.tar' \
 	  --clean 'corpus/full/clean-*.tar' $(HELD_OUT) --architecture tiny --threads 2 --out .build/captioner
-	$(BIN)/python -m stream bootstrap 'corpus/full/bootstrap-*.tar' --captioner .build/captioner --clusters 16 --out bundles/sample
+	$(BIN)/python -m stream bootstrap 'corpus/full/bootstrap-*.tar' --held-out 'corpus/full/bootstrap-*.tar' \
+	  --captioner .build/captioner --clusters 16 --out bundles/sample
 	$(BIN)/python -m corpus.evaluate --bundle bundles/sample --shards corpus/sample/*.tar --out bundles/FIGURES.md
 
 bench: setup .build/quix-venv/ready ## the engine against Quix Streams and a plain loop, as it grows, with a model; resumes (BENCH=--fresh: anew)
