@@ -13,7 +13,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from models.errors import BadImage
+from models.errors import BadImage, Reason
 from models.model import Pixels
 
 PIXELS_MAX = 64_000_000  # 192 MB decoded; Pillow itself starts to warn of bombs at 89 million
@@ -43,7 +43,7 @@ def _decode_jpeg(image: bytes, side: int) -> Pixels | None:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
     except ValueError as error:
         if b"\xff\xd9" not in image:  # no end of image anywhere: cut off before its size was told
-            raise BadImage("truncated", f"{len(image)} bytes of a JPEG without its size") from error
+            raise BadImage(Reason.TRUNCATED, f"{len(image)} bytes of a JPEG without its size") from error
         raise _unreadable(image, str(error)) from error
     _check_size(width, height)
     if colours in ("CMYK", "YCCK"):
@@ -76,13 +76,13 @@ def _decode_with_pillow(image: bytes) -> Pixels:
     except BadImage:
         raise
     except Image.DecompressionBombError as error:
-        raise BadImage("too-large", f"{error}") from error
+        raise BadImage(Reason.TOO_LARGE, f"{error}") from error
     except UnidentifiedImageError as error:
         if image.startswith(STARTS):
             raise BadImage(
-                "truncated", f"{len(image)} bytes that begin like an image and end before it does"
+                Reason.TRUNCATED, f"{len(image)} bytes that begin like an image and end before it does"
             ) from error
-        raise BadImage("not-an-image", f"no known image format in {len(image)} bytes") from error
+        raise BadImage(Reason.NOT_AN_IMAGE, f"no known image format in {len(image)} bytes") from error
     except Exception as error:  # no decoder promises what it throws at bytes made to break it
         raise _unreadable(image, f"{type(error).__name__}: {error}") from error
 
@@ -100,16 +100,16 @@ def _rgb_on_white(image: Image.Image) -> Image.Image:
 
 def _check_size(width: int, height: int) -> None:
     if width * height > PIXELS_MAX:
-        raise BadImage("too-large", f"{width} × {height} pixels; at most {PIXELS_MAX:,} are decoded")
+        raise BadImage(Reason.TOO_LARGE, f"{width} × {height} pixels; at most {PIXELS_MAX:,} are decoded")
     if min(width, height) < SIDE_MIN:
-        raise BadImage("too-small", f"{width} × {height} pixels; a side has at least {SIDE_MIN}")
+        raise BadImage(Reason.TOO_SMALL, f"{width} × {height} pixels; a side has at least {SIDE_MIN}")
 
 
 def _unreadable(image: bytes, said: str) -> BadImage:
     """Truncated where the decoder says that data ends early, corrupt otherwise."""
     words = said.lower()
     early = ("premature", "truncated", "unexpected end", "end of file", "not enough", "bad header", "eof")
-    reason = "truncated" if any(word in words for word in early) else "corrupt"
+    reason = Reason.TRUNCATED if any(word in words for word in early) else Reason.CORRUPT
     return BadImage(reason, f"{len(image)} bytes cannot be decoded: {' '.join(said.split())[:200]}")
 
 

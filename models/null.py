@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from models.errors import BadImage
+from models.errors import BadImage, Reason
 from models.model import Pixels, Vectors
 
 SIDE = 4  # 4 × 4 × 3 = 48 bytes: the "pixels" are the digest
@@ -43,7 +43,7 @@ class NullModel:
     def decode(self, image: bytes) -> Pixels:
         """The digest of its ends and its size. Raises BadImage for none, and for those that start with b"BAD"."""
         if not image or image.startswith(b"BAD"):
-            raise BadImage("not-an-image", f"{len(image)} bytes that are empty or planted as bad")
+            raise BadImage(Reason.NOT_AN_IMAGE, f"{len(image)} bytes that are empty or planted as bad")
         if len(image) > 2 * END_BYTES:
             image = b"%b%b%d" % (image[:END_BYTES], image[-END_BYTES:], len(image))
         digest = hashlib.blake2b(image, digest_size=SIDE * SIDE * 3).digest()

@@ -482,11 +482,13 @@ def dlq_list(
 
     Example: tldr-stream dlq list --topic raw-pairs --reason truncated
     """
+    from stream.dead_letters import parse_reasons
     from stream.dlq import list_dead_letters
     from stream.results import show
 
+    reasons = parse_reasons(reason or ())
     source = _source(topic, stream, bootstrap_servers, kafka, kafka_properties)
-    show(list_dead_letters(source, reason or (), limit), json)
+    show(list_dead_letters(source, reasons, limit), json)
 
 
 @dlq_app.command("replay", cls=JobCommand)
@@ -504,11 +506,13 @@ def dlq_replay(
 
     Example: tldr-stream dlq replay --topic raw-pairs --reason uri-not-allowed
     """
+    from stream.dead_letters import parse_reasons
     from stream.dlq import replay
     from stream.results import show
 
+    reasons = parse_reasons(reason or ())
     source = _source(topic, stream, bootstrap_servers, kafka, kafka_properties)
-    show(replay(source, topic, reason or (), dry_run=dry_run), json)
+    show(replay(source, topic, reasons, dry_run=dry_run), json)
 
 
 @app.command(cls=JobCommand)

@@ -15,7 +15,8 @@ from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException, Message
 
-from stream.dead_letters import HEADER_PREFIX
+from models.errors import Reason
+from stream.dead_letters import HEADER_PREFIX, original_headers
 from stream.errors import TldrError, Unavailable
 from stream.kafka import Connection, partition_count, partition_counts
 from stream.progress import Progress
@@ -89,7 +90,7 @@ class ReplayResult:
             yield "changes nothing. What is still bad becomes a dead letter again. The old letters stay until they expire."
 
 
-def list_dead_letters(source: StreamSource, reasons: Sequence[str] = (), limit: int = 20) -> DeadLetterList:
+def list_dead_letters(source: StreamSource, reasons: Sequence[Reason] = (), limit: int = 20) -> DeadLetterList:
     """The newest `limit` dead letters of these reasons (none given: of all), and the count of each reason.
 
     Raises TldrError where the stream has no dead letter topic.
@@ -113,7 +114,7 @@ def list_dead_letters(source: StreamSource, reasons: Sequence[str] = (), limit: 
     )
 
 
-def replay(source: StreamSource, topic: str, reasons: Sequence[str] = (), *, dry_run: bool = False) -> ReplayResult:
+def replay(source: StreamSource, topic: str, reasons: Sequence[Reason] = (), *, dry_run: bool = False) -> ReplayResult:
     """Sends dead letters of these reasons (none given: of all) back to where they came from, each record once.
 
     Original key, bytes and headers, to the original partition: ids are known within a partition, and for a key that sits
@@ -163,7 +164,7 @@ class _WayBack:
         self._delivered = 0
 
     def send(self, letter: Message) -> None:
-        headers = [(name, value) for name, value in letter.headers() or [] if not name.startswith(HEADER_PREFIX)]
+        headers = original_headers(letter.headers() or [])
         while True:
             try:
                 self._producer.produce(
@@ -247,9 +248,10 @@ def _id_of(key: bytes | None, value: bytes, raw_codec: Any) -> str | None:
 
 def _digest(message: Message) -> bytes:
     """What makes two letters the same record: partition, key and value."""
-    key = message.key()
-    head = b"%d %d " % (message.partition(), -1 if key is None else len(key))
-    return hashlib.blake2b(head + (key or b"") + (message.value() or b""), digest_size=16).digest()
+    key, value = message.key(), message.value()
+    sizes = (-1 if part is None else len(part) for part in (key, value))
+    head = b"%d %d %d " % (message.partition(), *sizes)
+    return hashlib.blake2b(head + (key or b"") + (value or b""), digest_size=16).digest()
 
 
 def _one_line(text: str) -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
-from models.errors import BadImage
+from models.errors import BadImage, Reason
 from stream.errors import TldrError
 
 BYTES_MAX = 16 * 1024 * 1024
@@ -122,7 +122,7 @@ class ImageFetcher:
                 return self._fetch_once(uri)
             except _Transient as error:
                 problem = str(error)
-        raise BadImage("fetch-failed", f"{_shown(uri)}: {problem}, {ATTEMPTS} times")
+        raise BadImage(Reason.FETCH_FAILED, f"{_shown(uri)}: {problem}, {ATTEMPTS} times")
 
     def _fetch_once(self, uri: str) -> bytes:
         if _scheme(uri) in WEB_PORTS:
@@ -146,23 +146,23 @@ class ImageFetcher:
                         return self._read(file, uri, file.r.headers)
                     hop = str(url.join(yarl.URL(file.r.headers.get("Location", ""))))
             except FileNotFoundError as error:
-                raise BadImage("fetch-failed", f"{_shown(uri)}: HTTP 404") from error
+                raise BadImage(Reason.FETCH_FAILED, f"{_shown(uri)}: HTTP 404") from error
             except aiohttp.ClientResponseError as error:
                 problem = f"HTTP {error.status}"
                 if error.status >= 500 or error.status in TRANSIENT_STATUSES:
                     raise _Transient(problem) from error
-                raise BadImage("fetch-failed", f"{_shown(uri)}: {problem}") from error
+                raise BadImage(Reason.FETCH_FAILED, f"{_shown(uri)}: {problem}") from error
             except TimeoutError as error:
                 raise _Transient(f"no answer within {self._timeout_s:g} s") from error
             except PrivateAddress as error:
-                raise BadImage("uri-private-address", f"{_shown(hop)}: {error}") from error
+                raise BadImage(Reason.URI_PRIVATE_ADDRESS, f"{_shown(hop)}: {error}") from error
             except BadImage:
                 raise
             except ValueError as error:  # a Location that is no URL
-                raise BadImage("fetch-failed", f"{_shown(uri)}: {error}") from error
+                raise BadImage(Reason.FETCH_FAILED, f"{_shown(uri)}: {error}") from error
             except Exception as error:  # connections, TLS, protocol: aiohttp's, the system's; none may end the worker
                 raise _Transient(type(error).__name__) from error
-        raise BadImage("fetch-failed", f"{_shown(uri)}: more than {REDIRECTS_MAX} redirects")
+        raise BadImage(Reason.FETCH_FAILED, f"{_shown(uri)}: more than {REDIRECTS_MAX} redirects")
 
     def _checked_web(self, uri: str) -> Any:
         """The URL as it will be asked for: what is checked and what is fetched come from the same parser."""
@@ -172,13 +172,13 @@ class ImageFetcher:
             url = yarl.URL(uri)
             host, port = (url.host or "").lower().rstrip("."), url.port
         except ValueError as error:
-            raise BadImage("uri-not-allowed", f"{_shown(uri)} is no URL: {error}") from error
+            raise BadImage(Reason.URI_NOT_ALLOWED, f"{_shown(uri)} is no URL: {error}") from error
         if url.user is not None or url.password is not None:
-            raise BadImage("uri-not-allowed", f"{_shown(uri)} holds credentials")
+            raise BadImage(Reason.URI_NOT_ALLOWED, f"{_shown(uri)} holds credentials")
         # path_safe: an encoded slash stays one, as the server will see it.
         self._refuse_not_listed(uri, url.scheme, host, port, url.path_safe or "/")
         if not self._allow_private and (address := _address(host)) is not None and not is_public(address):
-            raise BadImage("uri-private-address", f"{_shown(uri)}: {host} is not a public address")
+            raise BadImage(Reason.URI_PRIVATE_ADDRESS, f"{_shown(uri)}: {host} is not a public address")
         return url.with_fragment(None)
 
     def _fetch_other(self, uri: str) -> bytes:
@@ -188,7 +188,7 @@ class ImageFetcher:
         # "::" chains file systems in fsspec: only the first would have been looked at.
         if "::" in uri or scheme not in {allowed.scheme for allowed in self._allowed}:
             raise BadImage(
-                "uri-not-allowed", f"{_shown(uri)}: scheme {scheme or '(none)'} is not listed in --fetch-allow"
+                Reason.URI_NOT_ALLOWED, f"{_shown(uri)}: scheme {scheme or '(none)'} is not listed in --fetch-allow"
             )
         # As fsspec splits it: no query and no fragment, a key in a bucket may hold any character.
         host, slash, path = uri.partition("://")[2].partition("/")
@@ -198,14 +198,14 @@ class ImageFetcher:
             path = os.path.realpath(unquote(path))
         self._refuse_not_listed(uri, scheme, host, None, path)
         if scheme == "file" and not os.path.isfile(path):  # a pipe would block for ever
-            raise BadImage("fetch-failed", f"{_shown(uri)}: no such file")
+            raise BadImage(Reason.FETCH_FAILED, f"{_shown(uri)}: no such file")
         try:
             with fsspec.filesystem(scheme).open(path if scheme == "file" else f"{host}{path}", "rb") as file:
                 return self._read(file, uri, {})
         except (BadImage, _Transient):
             raise
         except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-            raise BadImage("fetch-failed", f"{_shown(uri)}: {type(error).__name__}") from error
+            raise BadImage(Reason.FETCH_FAILED, f"{_shown(uri)}: {type(error).__name__}") from error
         except Exception as error:  # every file system has errors of its own; none may end the worker
             raise _Transient(type(error).__name__) from error
 
@@ -213,14 +213,14 @@ class ImageFetcher:
         # A server may take %2e%2e, or %252e%252e, for a step upwards: no image needs one.
         dotted = {".", ".."} & set(re.split(r"[/\\]", unquote(unquote(path))))
         if dotted or not any(a.covers(scheme, host, port, path) for a in self._allowed):
-            raise BadImage("uri-not-allowed", f"{_shown(uri)} is not below any --fetch-allow")
+            raise BadImage(Reason.URI_NOT_ALLOWED, f"{_shown(uri)} is not below any --fetch-allow")
 
     def _read(self, file: Any, uri: str, headers: Any) -> bytes:
         if headers.get("Content-Encoding", "identity") != "identity":
-            raise BadImage("fetch-failed", f"{_shown(uri)}: sent with a content encoding that was not asked for")
+            raise BadImage(Reason.FETCH_FAILED, f"{_shown(uri)}: sent with a content encoding that was not asked for")
         promised = headers.get("Content-Length", "")
         if promised.isdigit() and int(promised) > self._bytes_max:
-            raise BadImage("image-too-large", f"{_shown(uri)}: {promised} bytes, more than {self._bytes_max}")
+            raise BadImage(Reason.IMAGE_TOO_LARGE, f"{_shown(uri)}: {promised} bytes, more than {self._bytes_max}")
         deadline = time.monotonic() + self._timeout_s
         parts: list[bytes] = []
         size = 0
@@ -228,11 +228,11 @@ class ImageFetcher:
             parts.append(chunk)
             size += len(chunk)
             if size > self._bytes_max:
-                raise BadImage("image-too-large", f"{_shown(uri)}: more than {self._bytes_max} bytes")
+                raise BadImage(Reason.IMAGE_TOO_LARGE, f"{_shown(uri)}: more than {self._bytes_max} bytes")
             if time.monotonic() > deadline:
                 raise TimeoutError
         if not size:
-            raise BadImage("fetch-failed", f"{_shown(uri)}: empty")
+            raise BadImage(Reason.FETCH_FAILED, f"{_shown(uri)}: empty")
         return b"".join(parts)
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import fastavro
 import fastavro.schema
 
+from models.errors import Reason
 from stream.avro_by_hand import RawValues, read_raw_pair
 from stream.errors import TldrError
 from stream.pair_sources import TARGETS, content_id, field_text
@@ -152,9 +153,9 @@ class OwnReader:
         except (ValueError, IndexError):  # damaged, or the encoder of another language: fastavro says which
             pair_id, caption, image, image_uri, fields = self._any(value)
         if not caption or caption.isspace():
-            raise UndecodableRecord("empty-caption", "the caption is empty")
+            raise UndecodableRecord(Reason.EMPTY_CAPTION, "the caption is empty")
         if not (image or image_uri):
-            raise UndecodableRecord("no-image", "neither image bytes nor an image URI")
+            raise UndecodableRecord(Reason.NO_IMAGE, "neither image bytes nor an image URI")
         pair = (pair_id or _id_of_key(message_key), caption, image or None, image_uri, fields)
         return tuple.__new__(RawRecord, pair)  # RawRecord(*pair) without its Python frame
 
@@ -165,11 +166,11 @@ class OwnReader:
 
 def _id_of_key(message_key: bytes | None) -> str:
     if not message_key:
-        raise UndecodableRecord("no-id", "neither the record nor its key has an id")
+        raise UndecodableRecord(Reason.NO_ID, "neither the record nor its key has an id")
     try:
         return message_key.decode()
     except UnicodeDecodeError as error:
-        raise UndecodableRecord("no-id", f"the record has no id and its key is not UTF-8: {error}") from error
+        raise UndecodableRecord(Reason.NO_ID, f"the record has no id and its key is not UTF-8: {error}") from error
 
 
 # -- records of others
@@ -185,7 +186,7 @@ class JsonReader:
         try:
             content = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise UndecodableRecord("damaged-json", str(error)) from error
+            raise UndecodableRecord(Reason.DAMAGED_JSON, str(error)) from error
         return _mapped(content, message_key, self._paths)
 
 
@@ -209,7 +210,7 @@ class AvroReader:
         if self._plain is not None:
             return _datum(value, 0, self._plain)
         raise UndecodableRecord(
-            "unknown-schema", "no container and no known fingerprint: give --schemas DIR or --raw-schema FILE"
+            Reason.UNKNOWN_SCHEMA, "no container and no known fingerprint: give --schemas DIR or --raw-schema FILE"
         )
 
 
@@ -223,7 +224,7 @@ class ConfluentReader:
 
     def read(self, message_key: bytes | None, value: bytes) -> RawRecord:
         if value[:1] != CONFLUENT_MAGIC or len(value) < CONFLUENT_HEADER_BYTES:
-            raise UndecodableRecord("not-confluent", "the value does not start as Confluent's wire format does")
+            raise UndecodableRecord(Reason.NOT_CONFLUENT, "the value does not start as Confluent's wire format does")
         number = struct.unpack_from(">I", value, 1)[0]
         schema = self._schemas.get(number)
         if schema is None:
@@ -237,9 +238,9 @@ def _datum(value: bytes, start: int, schema: Schema) -> Any:
     try:
         content = fastavro.schemaless_reader(body, schema, None)
     except Exception as error:  # fastavro raises whatever the damaged bytes lead it into
-        raise UndecodableRecord("damaged-avro", f"{type(error).__name__}: {error}") from error
+        raise UndecodableRecord(Reason.DAMAGED_AVRO, f"{type(error).__name__}: {error}") from error
     if body.tell() != len(value):
-        raise UndecodableRecord("damaged-avro", f"{len(value) - body.tell()} bytes are left behind the record")
+        raise UndecodableRecord(Reason.DAMAGED_AVRO, f"{len(value) - body.tell()} bytes are left behind the record")
     return content
 
 
@@ -247,10 +248,10 @@ def _only_record(value: bytes) -> Any:
     try:
         records = list(fastavro.reader(io.BytesIO(value)))
     except Exception as error:  # as above
-        raise UndecodableRecord("damaged-avro", f"{type(error).__name__}: {error}") from error
+        raise UndecodableRecord(Reason.DAMAGED_AVRO, f"{type(error).__name__}: {error}") from error
     if len(records) != 1:
         raise UndecodableRecord(
-            "several-records", f"an Avro container of {len(records)} records; a message is one pair"
+            Reason.SEVERAL_RECORDS, f"an Avro container of {len(records)} records; a message is one pair"
         )
     return records[0]
 
@@ -258,14 +259,14 @@ def _only_record(value: bytes) -> Any:
 def _mapped(content: Any, message_key: bytes | None, paths: Mapping[str, str]) -> RawRecord:
     """The pair in a record of another shape."""
     if not isinstance(content, dict):
-        raise UndecodableRecord("not-a-record", f"the value is {type(content).__name__}, not an object")
+        raise UndecodableRecord(Reason.NOT_A_RECORD, f"the value is {type(content).__name__}, not an object")
     caption = _caption(_take(content, paths.get("caption", "caption")), paths)
     image, image_uri = _image(_take(content, paths.get("image", "image")))
     uri = _take(content, paths.get("image_uri", "image_uri"), keep=True)
     if image_uri is None and isinstance(uri, str):
         image_uri = uri or None
     if image is None and image_uri is None:
-        raise UndecodableRecord("no-image", f"no image at {paths.get('image', 'image')}")
+        raise UndecodableRecord(Reason.NO_IMAGE, f"no image at {paths.get('image', 'image')}")
     pair_id = _id(content, message_key, paths) or image_uri or content_id(image or b"", caption)
     fields = {
         str(name): field_text(value)
@@ -287,16 +288,16 @@ def _take(content: dict[str, Any], path: str, *, keep: bool = False) -> Any:
 
 def _caption(value: Any, paths: Mapping[str, str]) -> str:
     if value is None:
-        raise UndecodableRecord("no-caption", f"no caption at {paths.get('caption', 'caption')}")
+        raise UndecodableRecord(Reason.NO_CAPTION, f"no caption at {paths.get('caption', 'caption')}")
     if isinstance(value, bytes):
         try:
             value = value.decode()
         except UnicodeDecodeError as error:
-            raise UndecodableRecord("caption-not-text", str(error)) from error
+            raise UndecodableRecord(Reason.CAPTION_NOT_TEXT, str(error)) from error
     if not isinstance(value, str):
-        raise UndecodableRecord("caption-not-text", f"the caption is {type(value).__name__}")
+        raise UndecodableRecord(Reason.CAPTION_NOT_TEXT, f"the caption is {type(value).__name__}")
     if not value or value.isspace():
-        raise UndecodableRecord("empty-caption", "the caption is empty")
+        raise UndecodableRecord(Reason.EMPTY_CAPTION, "the caption is empty")
     return value
 
 
@@ -307,14 +308,14 @@ def _image(value: Any) -> tuple[bytes | None, str | None]:
         if value.startswith("data:"):
             head, comma, data = value.partition(",")
             if not comma or not head.endswith(";base64"):
-                raise UndecodableRecord("bad-base64", "a data: URI that is not base64")
+                raise UndecodableRecord(Reason.BAD_BASE64, "a data: URI that is not base64")
             return _base64(data), None
         if "://" in value[:32]:
             return None, value
         return _base64(value), None
     if value is None or value == "":
         return None, None
-    raise UndecodableRecord("bad-image", f"the image is {type(value).__name__}: give base64 text, bytes or a URI")
+    raise UndecodableRecord(Reason.BAD_IMAGE, f"the image is {type(value).__name__}: give base64 text, bytes or a URI")
 
 
 def _base64(text: str) -> bytes:
@@ -323,7 +324,7 @@ def _base64(text: str) -> bytes:
         plain = "".join(text.split()).translate(str.maketrans("-_", "+/"))
         return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise UndecodableRecord("bad-base64", f"the image is neither base64 nor a URI: {error}") from error
+        raise UndecodableRecord(Reason.BAD_BASE64, f"the image is neither base64 nor a URI: {error}") from error
 
 
 def _id(content: dict[str, Any], message_key: bytes | None, paths: Mapping[str, str]) -> str | None:
@@ -334,7 +335,7 @@ def _id(content: dict[str, Any], message_key: bytes | None, paths: Mapping[str, 
     if value is not None and value != "" and not isinstance(value, (dict, list)):
         return str(value)
     if "id" in paths:
-        raise UndecodableRecord("no-id", f"no id at {paths['id']}")
+        raise UndecodableRecord(Reason.NO_ID, f"no id at {paths['id']}")
     return _id_of_key(message_key) if message_key else None
 
 
@@ -344,4 +345,4 @@ def _refuse_half_characters(texts: Iterable[str]) -> None:
             try:
                 text.encode()
             except UnicodeEncodeError as error:  # JSON's \ud83d without its other half
-                raise UndecodableRecord("not-unicode", str(error)) from error
+                raise UndecodableRecord(Reason.NOT_UNICODE, str(error)) from error

@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import fastavro
 import fastavro.schema
 
+from models.errors import Reason
+
 Schema = Any  # fastavro's parsed schema: a dict for a record
 Record = dict[str, Any]
 
@@ -32,7 +34,7 @@ CONFLUENT_MAGIC = b"\x00"
 class UndecodableRecord(Exception):
     """Bytes that are not the record they should be: the raw record becomes a dead letter with this reason."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
@@ -98,7 +100,7 @@ class Codec:
             written_with = self._written_with.get(data[2:HEADER_BYTES])
             if written_with is None:
                 raise UndecodableRecord(
-                    "unknown-schema",
+                    Reason.UNKNOWN_SCHEMA,
                     f"no schema with fingerprint {data[2:HEADER_BYTES].hex()}: add it with --schemas DIR",
                 )
             start = HEADER_BYTES
@@ -106,22 +108,24 @@ class Codec:
             written_with = self._by_id(struct.unpack_from(">I", data, 1)[0])
             start = 5
         else:
-            raise UndecodableRecord("not-avro", "neither Avro single-object encoding nor Confluent's wire format")
+            raise UndecodableRecord(Reason.NOT_AVRO, "neither Avro single-object encoding nor Confluent's wire format")
         body = io.BytesIO(data)
         body.seek(start)
         reader_schema = None if written_with is self.schema else self.schema
         try:
             value = fastavro.schemaless_reader(body, written_with, reader_schema)
         except Exception as error:  # fastavro raises whatever the damaged bytes lead it into
-            raise UndecodableRecord("damaged-avro", f"{type(error).__name__}: {error}") from error
+            raise UndecodableRecord(Reason.DAMAGED_AVRO, f"{type(error).__name__}: {error}") from error
         if not isinstance(value, dict):
-            raise UndecodableRecord("damaged-avro", "not a record")
+            raise UndecodableRecord(Reason.DAMAGED_AVRO, "not a record")
         return value
 
     def _by_id(self, schema_id: int) -> Schema:
         if schema_id not in self._written_by_id:
             if self._registry is None:
-                raise UndecodableRecord("no-registry", f"written with schema {schema_id}: give --schema-registry URL")
+                raise UndecodableRecord(
+                    Reason.NO_REGISTRY, f"written with schema {schema_id}: give --schema-registry URL"
+                )
             parsed = fastavro.schema.parse_schema(self._registry.schema_of(schema_id))
             self._written_by_id[schema_id] = parsed
         return self._written_by_id[schema_id]

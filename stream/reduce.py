@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from models.errors import BadImage
+from models.errors import BadImage, Reason
 from models.model import PairModel, Pixels
 from models.refine import refine
 from state.partition import DUPLICATE, FORGOTTEN, KEPT, Decision, Fate, Partition
@@ -318,7 +318,7 @@ def _read(messages: Sequence[Message], partitions: dict[int, Partition], using: 
             continue
         value = message.value()
         if value is None:
-            nobody = None if message.key() else UndecodableRecord("no-id", "neither a key nor a value")
+            nobody = None if message.key() else UndecodableRecord(Reason.NO_ID, "neither a key nor a value")
             steps.append(_step((message, number, offset, None, NO_HASHES, nobody)))
             continue
         try:
@@ -345,7 +345,7 @@ def _refuse_what_cannot_be_kept(raw: RawRecord, kept_bytes_max: int) -> None:
     # A character has four bytes at most: lengths are at hand, encoding a text takes its time.
     if 4 * len(raw.id) > ID_BYTES_MAX and len(raw.id.encode()) > ID_BYTES_MAX:
         raise UndecodableRecord(
-            "id-too-long", f"an id of {len(raw.id.encode())} bytes; at most {ID_BYTES_MAX} are possible"
+            Reason.ID_TOO_LONG, f"an id of {len(raw.id.encode())} bytes; at most {ID_BYTES_MAX} are possible"
         )
     weight = len(raw.image or b"") + KEPT_OVERHEAD_BYTES
     for key, value in raw.fields.items():
@@ -355,7 +355,7 @@ def _refuse_what_cannot_be_kept(raw: RawRecord, kept_bytes_max: int) -> None:
     weight += 2 * len(raw.caption.encode())  # T_o stands in it twice, as itself and inside T
     if weight > kept_bytes_max:
         raise UndecodableRecord(
-            "too-large", f"its kept form may take {weight} bytes and the topic takes {kept_bytes_max}"
+            Reason.TOO_LARGE, f"its kept form may take {weight} bytes and the topic takes {kept_bytes_max}"
         )
 
 
@@ -381,10 +381,12 @@ def _look_at(raw: RawRecord | None, using: Reduction) -> _Seen | BadImage:
 
 def _fetched(raw: RawRecord, using: Reduction) -> bytes:
     if using.fetch is None:
-        raise BadImage("uri-not-allowed", "the record has an image_uri and this worker fetches none: see --fetch-allow")
+        raise BadImage(
+            Reason.URI_NOT_ALLOWED, "the record has an image_uri and this worker fetches none: see --fetch-allow"
+        )
     image = using.fetch(raw.image_uri or "")
     if len(image) + 2 * len(raw.caption.encode()) + KEPT_OVERHEAD_BYTES > using.kept_bytes_max:
-        raise BadImage("too-large", f"its kept form may not fit {using.kept_bytes_max} bytes")
+        raise BadImage(Reason.TOO_LARGE, f"its kept form may not fit {using.kept_bytes_max} bytes")
     return image
 
 

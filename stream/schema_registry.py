@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 import fastavro.schema
 
+from models.errors import Reason
 from stream.errors import TldrError, Unavailable
 from stream.records import Schema, UndecodableRecord
 
@@ -80,7 +81,7 @@ class ConfluentRegistry:
             found = self._ask(lambda: self._client.get_schema(schema_id), f"read schema {schema_id}")
         except _NotFound as error:
             raise UndecodableRecord(
-                "unknown-schema", f"schema registry {self.shown_url} has no schema {schema_id}"
+                Reason.UNKNOWN_SCHEMA, f"schema registry {self.shown_url} has no schema {schema_id}"
             ) from error
         return self._parsed(found, schema_id, {})
 
@@ -100,7 +101,7 @@ class ConfluentRegistry:
 
     def _parsed(self, found: Any, schema_id: int, named: dict[str, Any]) -> Schema:
         if (found.schema_type or "AVRO") != "AVRO":
-            raise UndecodableRecord("unknown-schema", f"schema {schema_id} is {found.schema_type}, not Avro")
+            raise UndecodableRecord(Reason.UNKNOWN_SCHEMA, f"schema {schema_id} is {found.schema_type}, not Avro")
         try:
             for reference in found.references or []:
                 inner = self._ask(
@@ -109,7 +110,7 @@ class ConfluentRegistry:
                 self._parsed(inner.schema, inner.schema_id, named)
             return fastavro.schema.parse_schema(json.loads(found.schema_str), named_schemas=named)
         except (ValueError, KeyError, TypeError, fastavro.schema.SchemaParseException) as error:
-            raise UndecodableRecord("unknown-schema", f"schema {schema_id} cannot be parsed: {error}") from error
+            raise UndecodableRecord(Reason.UNKNOWN_SCHEMA, f"schema {schema_id} cannot be parsed: {error}") from error
 
     def _ask(self, request: Any, what: str) -> Any:
         try:

@@ -11,8 +11,10 @@ from typing import Any
 
 import fastavro
 import pytest
+from typer.testing import CliRunner
 
-from stream.cli import commands
+from models.errors import Reason
+from stream.cli import app, commands
 from stream.dlq import list_dead_letters, replay
 from stream.errors import TldrError
 from stream.kafka import Connection, end_offsets, read_partition
@@ -21,7 +23,9 @@ from stream.stream_view import StreamSource, read_view
 from stream.topics import StreamTopics
 from tests.stream.small_stream import Raw, SmallStream, pair, picture
 
-JUNK = Raw(b"junk", b"no Avro at all", (("source", b"crawl 7"), ("source", b"again")), 1)
+# As a letter of another stream looks: a header of its own has one of our names.
+JUNK = Raw(b"junk", b"no Avro at all", (("source", b"crawl 7"), ("tldr.reason", b"mine"), ("source", b"again")), 1)
+REFERENCE = Path(__file__).resolve().parents[2] / "docs" / "reference.md"
 
 
 @pytest.fixture
@@ -94,7 +98,7 @@ def test_the_newest_are_shown_and_all_are_counted(dead: SmallStream) -> None:
 
 
 def test_a_reason_leaves_the_others_out(dead: SmallStream) -> None:
-    found = list_dead_letters(dead.source, ["not-avro"])
+    found = list_dead_letters(dead.source, [Reason.NOT_AVRO])
 
     assert [letter.id for letter in found.letters] == ["junk"]
     assert found.total == 1
@@ -103,7 +107,7 @@ def test_a_reason_leaves_the_others_out(dead: SmallStream) -> None:
 def test_a_replay_brings_back_the_original_bytes_key_and_headers_in_the_original_partition(dead: SmallStream) -> None:
     before = end_offsets(dead.kafka, dead.topic, range(2))
 
-    result = replay(dead.source, dead.topic, ["not-avro"])
+    result = replay(dead.source, dead.topic, [Reason.NOT_AVRO])
 
     assert (result.sent, result.by_reason) == (1, {"not-avro": 1})
     assert raw_records(dead, before) == [JUNK]
@@ -155,6 +159,24 @@ def test_letters_of_another_topic_are_not_replayed_into_this_one(dead: SmallStre
 def test_a_stream_that_does_not_exist_is_said(kafka: Connection, name: str) -> None:
     with pytest.raises(TldrError, match=f"there is no stream {name}"):
         list_dead_letters(StreamSource(kafka, StreamTopics(name)))
+
+
+def test_a_reason_that_does_not_exist_is_refused_and_not_taken_for_none_found() -> None:
+    for command in ("list", "replay"):
+        done = CliRunner().invoke(app, ["dlq", command, "--topic", "t", "--reason", "truncatd"])
+
+        assert done.exit_code == 2
+        assert done.stderr.startswith(
+            "error: --reason truncatd: there is none of that name; use not-an-image, truncated,"
+        )
+
+
+def test_the_reference_lists_every_reason_with_its_meaning() -> None:
+    section = REFERENCE.read_text().split("## Reasons of dead letters")[1].split("\n## ")[0]
+
+    assert [line for line in section.splitlines() if line.startswith("| `")] == [
+        f"| `{reason}` | {reason.meaning} |" for reason in Reason
+    ]
 
 
 def test_the_executables_know_the_subcommands(kafka: Connection, name: str, tmp_path: Path) -> None:
