@@ -178,6 +178,12 @@ def consume(
         str,
         typer.Option(help="Raw offsets that the broker has deleted unread: `stop`, or `continue` and count them."),
     ] = "stop",
+    dlq_limit: Annotated[
+        str | None,
+        typer.Option(
+            help="Share of dead letters in 2,000 records above which the worker stops; 100%: never.  [default: 20%]"
+        ),
+    ] = None,
     transaction_timeout_s: Annotated[
         float,
         typer.Option(help="Seconds after which the broker ends the open transaction of a dead worker.", min=2),
@@ -231,6 +237,7 @@ def consume(
             metrics_port=metrics_port,
             stop_at_end=stop_at_end,
             on_data_loss=on_data_loss,
+            dlq_limit=dlq_limit,
             transaction_timeout_s=transaction_timeout_s,
         )
     )

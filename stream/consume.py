@@ -29,6 +29,7 @@ from state.settings import StreamSettings, rule_named
 from stream.allocator import bound_heaps
 from stream.broker_errors import Course, course_of
 from stream.bundles import find_bundle
+from stream.dead_share import DEFAULT_LIMIT, NO_LIMIT, DeadShare, Stretch, recent_dead
 from stream.errors import Fenced, Stopped, TldrError, Unavailable
 from stream.group_gap import GapWatch
 from stream.kafka import RECORD_BYTES_MAX, Connection, create_missing, partition_count, topic_id, topic_setting
@@ -38,6 +39,7 @@ from stream.records import Codec
 from stream.reduce import Reduction
 from stream.restore import Cancel, Restored, restore
 from stream.schema_registry import open_registry
+from stream.stream_view import StreamSource
 from stream.topics import KEPT_OVERHEAD_BYTES, StreamTopics
 from stream.transaction import Outlet
 from stream.worker import REVOKE_BUDGET_S, Pace, Worker
@@ -105,6 +107,7 @@ class ConsumeOptions:
     metrics_port: int | None = None
     stop_at_end: bool = False
     on_data_loss: str = "stop"
+    dlq_limit: str | None = None
     transaction_timeout_s: float = 10.0
 
 
@@ -174,6 +177,7 @@ def refuse_impossible(options: ConsumeOptions) -> None:
         Ratio.parse(options.ratio)
     if options.gate not in (None, "off", "bundle"):
         _number(options.gate, "--gate")
+    _dlq_limit(options)
     if options.on_data_loss not in ("stop", "continue"):
         raise TldrError(f"--on-data-loss {options.on_data_loss}: use `stop` or `continue`")
     if options.stream is not None and not options.stream.strip():
@@ -200,6 +204,13 @@ def _max_poll_interval_s(options: ConsumeOptions) -> float:
     if not text.isdecimal():
         raise TldrError("Kafka setting max.poll.interval.ms must be a whole number of milliseconds")
     return int(text) / 1000
+
+
+def _dlq_limit(options: ConsumeOptions) -> Ratio:
+    try:
+        return DEFAULT_LIMIT if options.dlq_limit is None else Ratio.parse(options.dlq_limit)
+    except StateError as error:
+        raise TldrError(f"--dlq-limit {options.dlq_limit}: give a percentage, and 100% for no limit") from error
 
 
 def _number(text: str | None, option: str) -> float:
@@ -299,6 +310,8 @@ def _run(
             connection, f"{group}-{instance}", using.kept_bytes_max, options.transaction_timeout_s, on_error
         )
 
+    dead_share = DeadShare(_dlq_limit(options))
+    dead_before: dict[int, Stretch] = {}  # from the threads that restore to the one that judges
     producer = new_producer()
     consumer = _consumer(options, group, instance, on_statistics, on_error)
 
@@ -310,10 +323,13 @@ def _run(
         path = directory.store_path(number)
         while True:
             try:
-                return restore(
+                restored = restore(
                     connection, topics, options.topic, group, settings, number, path,
                     continue_after_loss=options.on_data_loss == "continue", cancelled=cancel,
                 )  # fmt: skip
+                if restored is not None and dead_share.limit != NO_LIMIT:
+                    dead_before[number] = _recent_dead(StreamSource(connection, topics), restored)
+                return restored
             except Unavailable as error:  # the broker moves or is away: a running worker outlives that
                 log.warning("partition %d cannot be restored yet: %s; trying on", number, error)
                 if cancel.wait(RESTORE_AGAIN_AFTER_S):
@@ -327,6 +343,9 @@ def _run(
                 "with --bundle, or start another --stream"
             )
         restored.partition.adopt(model.version, model.space, restored.next_offset)
+        position = restored.partition.store.position()
+        if position is not None and (stretch := dead_before.pop(restored.partition.partition, None)):
+            dead_share.remember(restored.partition.partition, position.wall_clock_ms, stretch)
 
     attempt_s = min(ATTEMPT_TIMEOUT_S, options.transaction_timeout_s / 2)
     outlet = Outlet(producer, consumer, topics, options.topic, codes, instance, settings.partition_count, attempt_s)
@@ -345,6 +364,7 @@ def _run(
         metrics,
         new_producer,
         GapWatch(connection, group, options.topic, settings.partition_count).found,
+        dead_share,
     )
     server = HealthServer(
         metrics, options.metrics_host, options.metrics_port, lambda: worker.healthy, lambda: worker.ready
@@ -366,6 +386,19 @@ def _run(
     finally:
         server.close()
     log.info("worker %s has left", instance)
+
+
+def _recent_dead(source: StreamSource, restored: Restored) -> Stretch:
+    """What became dead shortly before this worker came; a stream without dead letters asks nobody."""
+    totals, number = restored.partition.totals, restored.partition.partition
+    if not totals.dead:
+        return Stretch(totals.read, [])
+    try:
+        return recent_dead(source, number, restored.next_offset, totals.read)
+    except TldrError as error:  # they expire under our eyes, or the broker moves: not worth a worker
+        log.warning("partition %d: the dead letters before offset %d are not known (%s), so --dlq-limit judges only those "
+                    "that come", number, restored.next_offset, error)  # fmt: skip
+        return Stretch(0, [])
 
 
 def _fetcher(options: ConsumeOptions) -> Any:

@@ -77,6 +77,11 @@ class Metrics:
             "Records that could not be processed, by reason. A rise: a crawler or a producer changed; `tldr-stream dlq`.",
             ["reason"],
         )
+        self.dead_share = gauge(
+            "dead_share",
+            "Share of dead letters among the last 2,000 records of this worker; 0 before there are so many. Above "
+            "`--dlq-limit` it stops, and commits nothing of what it was about to throw away.",
+        )
         self.removed = counter(
             "removed_pairs", "Pairs that left the reduced set again (evicted by the cap, or taken down)."
         )

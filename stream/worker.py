@@ -25,6 +25,7 @@ from state.changelog import Totals
 from stream.allocator import give_back
 from stream.assignment import Assignment, Restore
 from stream.broker_errors import says_fenced
+from stream.dead_share import DeadShare
 from stream.errors import Fenced, Stopped
 from stream.intake import Intake
 from stream.metrics import Metrics
@@ -84,6 +85,7 @@ class Worker:
         metrics: Metrics,
         new_producer: Callable[[], Producer],
         group_has_gap: Callable[[], bool],
+        dead_share: DeadShare,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.consumer, self.topic, self.using, self.outlet = consumer, topic, using, outlet
@@ -94,6 +96,7 @@ class Worker:
         self._new_producer = new_producer
         self._group_has_gap = group_has_gap
         self._joined_again = 0
+        self._dead_share = dead_share
         self._clock = clock
         self._effects = Effects()
         self._effects_since: float | None = None
@@ -220,6 +223,9 @@ class Worker:
             ) from error
         if self._effects_since is None and not self._effects.empty:
             self._effects_since = self._clock()
+        self._dead_share.take(self._effects)
+        self.metrics.dead_share.set(float(self._dead_share.share or 0))
+        self._dead_share.refuse_above_limit(self.topic)
 
     def _commit_is_due(self) -> bool:
         if self._effects_since is None:
@@ -236,6 +242,7 @@ class Worker:
             commit(effects, self.assignment.running, self.outlet)
         except Aborted as error:
             self.metrics.transactions.labels("aborted").inc()
+            self._dead_share.abort()
             self._aborted_in_a_row += 1
             if self._aborted_in_a_row >= ABORTS_MAX:
                 raise Stopped(
@@ -246,11 +253,13 @@ class Worker:
             return
         except ProducerLost as error:
             self.metrics.transactions.labels("aborted").inc()
+            self._dead_share.abort()
             log.warning("the producer is lost (%s): making a new one and restoring", error)
             self.outlet = self.outlet._replace(producer=self._new_producer())
             self.assignment.restore_again(self.assignment.running)
             return
         self._aborted_in_a_row = 0
+        self._dead_share.commit()
         took = self._clock() - began
         self.metrics.commit_seconds.observe(took)
         self.metrics.transactions.labels("committed").inc()
@@ -276,6 +285,7 @@ class Worker:
 
     def _abort_effects(self) -> None:
         """Forgets what is not committed."""
+        self._dead_share.abort()
         self._effects, self._effects_since = Effects(), None
         for partition in self.assignment.running.values():
             partition.abort()

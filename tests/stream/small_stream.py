@@ -64,7 +64,7 @@ class SmallStream:
             producer.produce(self.topic, raw.value, raw.key, home, headers=list(raw.headers))
         assert producer.flush(30) == 0
 
-    def run(self, **options: Any) -> None:
+    def run(self, *, commit_interval_s: float = 0.2, **options: Any) -> None:
         """A worker, until the end of the topic."""
         consume(
             ConsumeOptions(
@@ -75,7 +75,7 @@ class SmallStream:
                 instance_id="worker",
                 metrics_host="127.0.0.1",
                 metrics_port=0,
-                commit_interval_s=0.2,
+                commit_interval_s=commit_interval_s,
                 stop_at_end=True,
                 **options,
             )
