@@ -579,6 +579,15 @@ def verify(
     model: Annotated[
         str, typer.Option(help="bundle, or null for a stream that was made with the null model.")
     ] = "bundle",
+    from_: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            envvar="TLDR_FROM",
+            show_envvar=False,
+            help="Folder of a snapshot: start from its cut and its state.  [default: all that pair-codes still have]",
+        ),
+    ] = None,
     bootstrap_servers: BootstrapServers = DEFAULT_BOOTSTRAP,
     kafka: KafkaSettings = None,
     kafka_properties: KafkaProperties = None,
@@ -594,13 +603,15 @@ def verify(
     """
     from stream.errors import TldrError
     from stream.results import show
+    from stream.snapshot_state import read_state
     from stream.verify import models_of
     from stream.verify import verify as compare
 
     if model not in ("bundle", "null"):
         raise TldrError(f"--model {model}: use `bundle` or `null`")
+    taken = read_state(from_) if from_ is not None else None
     source = _source(topic, stream, bootstrap_servers, kafka, kafka_properties, schemas, schema_registry)
-    found = compare(source, topic, models_of(source, bundle, null=model == "null"))
+    found = compare(source, topic, models_of(source, bundle, null=model == "null"), taken=taken)
     show(found, json)
     found.raise_for_status()
 

@@ -16,13 +16,12 @@ from pathlib import Path
 
 from confluent_kafka import KafkaError, TopicPartition
 
-from state.changelog import CellCounts
+from state.changelog import CellCounts, Totals
 from state.partition import Fate
 from stream.errors import TldrError, Unavailable
 from stream.stream_view import (
     OPEN_TRANSACTION_WAIT_S,
     POLL_WAIT_S,
-    PartitionView,
     StreamSource,
     StreamView,
     codes_rows,
@@ -32,6 +31,15 @@ from stream.stream_view import (
 )
 
 COUNTED = frozenset({Fate.KEPT, Fate.OVER_QUOTA, Fate.OVER_CAP})
+# What a row of this fate added one to.
+_TOTALS_OF = {
+    Fate.KEPT: ("counted", "kept"),
+    Fate.OVER_QUOTA: ("counted", "over_quota"),
+    Fate.OVER_CAP: ("counted", "over_cap"),
+    Fate.BELOW_GATE: ("below_gate",),
+    Fate.DUPLICATE: ("duplicates",),
+    Fate.FORGOTTEN: ("forgotten",),
+}
 # Below this many records a bisection of the codes topic costs more than reading them.
 BISECTION_END = 32
 
@@ -41,11 +49,13 @@ class Cut:
     """offsets  next input offset by partition; in_set  pairs of the reduced set; cells  by partition and (epoch, cluster).
 
     The cells' `size` is that of now, which a takedown may have changed since; counted, entered and evicted are the cut's.
+    The totals' `read`, `dead` and `lost` are those of now too: rows do not tell them.
     """
 
     offsets: dict[int, int]
     in_set: dict[int, int] = field(default_factory=dict)
     cells: dict[int, dict[tuple[int, int], CellCounts]] = field(default_factory=dict)
+    totals: dict[int, Totals] = field(default_factory=dict)
 
 
 def parse_cut(text: str) -> dict[int, int]:
@@ -75,6 +85,7 @@ def newest_cut(view: StreamView) -> Cut:
         view.cut,
         {p: total.kept - total.evicted - total.removed for p, total in totals.items()},
         {p: dict(part.cells) for p, part in view.partitions.items()},
+        totals,
     )
 
 
@@ -96,7 +107,8 @@ def cut_at(source: StreamSource, view: StreamView, offsets: Mapping[int, int]) -
     back = [p for p in offsets if offsets[p] < view.cut[p]]
     spans = whole(source.connection, source.topics.codes, back)
     for p in back:
-        spans[p] = (_codes_position(source, view.partitions[p], offsets[p], spans[p], view), spans[p][1])
+        _refuse_expired(source, p, offsets[p], spans[p], view)
+        spans[p] = (codes_position(source, p, offsets[p], spans[p]), spans[p][1])
     for row in read_codes(source, spans, below=view.cut):
         if row.offset >= offsets[row.partition]:
             _undo(cut, row.partition, (row.epoch, row.cluster), row.fate, len(row.removed))
@@ -107,6 +119,12 @@ def cut_at(source: StreamSource, view: StreamView, offsets: Mapping[int, int]) -
 
 def _undo(cut: Cut, partition: int, cell: tuple[int, int], fate: Fate, removed: int) -> None:
     kept = int(fate == Fate.KEPT)
+    field = "evicted" if kept else "removed"
+    totals = cut.totals[partition]
+    totals = totals._replace(**{field: getattr(totals, field) - removed})
+    for name in _TOTALS_OF[fate]:
+        totals = totals._replace(**{name: getattr(totals, name) - 1})
+    cut.totals[partition] = totals
     cut.in_set[partition] += removed - kept
     if fate in COUNTED:
         counts = cut.cells[partition].get(cell, CellCounts(0, 0, 0, 0))
@@ -117,25 +135,26 @@ def _undo(cut: Cut, partition: int, cell: tuple[int, int], fate: Fate, removed: 
         )
 
 
-def _codes_position(
-    source: StreamSource, part: PartitionView, input_offset: int, span: tuple[int, int], view: StreamView
-) -> int:
-    """An offset of the codes topic from which on every row of `input_offset` and later is found.
-
-    Raises TldrError where rows from there on may have expired.
-    """
-    low, end = span
-    first = first_row_offset(source, part.partition, low, end)
-    if low > 0 and (first is None or first > input_offset):
+def _refuse_expired(
+    source: StreamSource, partition: int, input_offset: int, span: tuple[int, int], view: StreamView
+) -> None:
+    """Raises TldrError where rows from `input_offset` on may have expired."""
+    first = first_row_offset(source, partition, *span)
+    if span[0] > 0 and (first is None or first > input_offset):
         since = "all of them" if first is None else f"those before input offset {first}"
         raise TldrError(
-            f"the cut at offset {input_offset} of partition {part.partition} cannot be checked: its pair-codes have "
+            f"the cut at offset {input_offset} of partition {partition} cannot be checked: its pair-codes have "
             f"expired ({since}); the newest cut is --cut {written(view.cut)}"
         )
+
+
+def codes_position(source: StreamSource, partition: int, input_offset: int, span: tuple[int, int]) -> int:
+    """An offset of the codes topic from which on every row of `input_offset` and later that is there is found."""
+    low, end = span
     high = end
     while high - low > BISECTION_END:
         middle = (low + high) // 2
-        at = first_row_offset(source, part.partition, middle, end)
+        at = first_row_offset(source, partition, middle, end)
         if at is not None and at <= input_offset:
             low = middle
         else:

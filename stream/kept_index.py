@@ -177,6 +177,13 @@ class KeptIndex:
                         return
                     yield offset, _shard.unpack(value)[0]
 
+    def taken(self, partition: int) -> Iterator[tuple[Live, int]]:
+        """Every pair of the set with the number of its shard, -1: not taken. In an order that the ids alone determine."""
+        with self._env.begin(db=self._places) as txn:
+            for pair in self.live(partition):
+                shard = txn.get(_place_key.pack(partition, pair.kept_offset))
+                yield pair, -1 if shard is None else _shard.unpack(shard)[0]
+
     def _sort_by_rank(self, partition: int) -> None:
         with _Writer(self._env, self._by_rank) as out:
             for pair in self.live(partition):

@@ -25,10 +25,9 @@ from stream.errors import TldrError
 from stream.kept_index import KeptIndex
 from stream.progress import Progress
 from stream.shards import FORMATS, PARTIAL, Format, Shard, ShardFile, write_whole
-from stream.stream_view import StreamSource, StreamView, read_kept, read_view, whole
+from stream.snapshot_state import FORMAT_VERSION, MANIFEST, KnownIds, SetPair, sealed, write_state
+from stream.stream_view import ChangelogFollower, StreamSource, StreamView, read_kept, whole
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 STATE = "unfinished.json"
 INDEX = ".index"
 LOCK = ".lock"
@@ -44,6 +43,7 @@ class SnapshotTaken:
 
     folder: Path
     manifest: Path
+    manifest_sha256: str
     stream: str
     format: str
     offsets: dict[int, int]
@@ -63,7 +63,7 @@ class SnapshotTaken:
         kept = f", {self.reused_files} of them from an earlier run" if self.reused_files else ""
         if self.files:
             yield f"  files      {len(self.files):,}, {self.bytes / 1e6:,.1f} MB{kept}"
-        yield f"  manifest   {self.manifest}"
+        yield f"  manifest   {self.manifest}, sha256 {self.manifest_sha256}"
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,8 @@ def snapshot(
     """
     if format not in FORMATS:
         raise TldrError(f"there is no format {format}: give {' or '.join(FORMATS)}")
-    view = read_view(source)
+    ids = KnownIds()
+    view = ChangelogFollower(source).advance(ids.take)
     sampled = view.settings.ratio
     wanted_ratio = ratio or sampled
     if wanted_ratio.share > sampled.share:
@@ -114,13 +115,14 @@ def snapshot(
             return _result(out, json.loads((out / MANIFEST).read_text()), len(before["files"]))
         files = {file.name: file for file in _still_there(out, before)}
         at = cut_at(source, view, offsets) if offsets != view.cut else newest_cut(view)
-        return _take(source, view, at, out, wanted, wanted_ratio, files)
+        return _take(source, view, at, ids, out, wanted, wanted_ratio, files)
 
 
 def _take(
     source: StreamSource,
     view: StreamView,
     cut: Cut,
+    ids: KnownIds,
     out: Path,
     wanted: _Wanted,
     ratio: Ratio,
@@ -141,7 +143,10 @@ def _take(
             with Progress("writing shards", sum(sum(pairs) for _, pairs in plan.values()), "pairs") as progress:
                 for p, (_, pairs) in plan.items():
                     _write_partition(source, index, p, len(pairs), FORMATS[wanted.format], out, wanted, done, progress)
-        manifest = _manifest(view, cut, wanted, plan, sorted(done.values()), epoch_pairs(index, view))
+        manifest = sealed(
+            _manifest(view, cut, wanted, plan, sorted(done.values()), epoch_pairs(index, view))
+            | {"state": _write_states(out, view, cut, ids, index)}
+        )
         write_whole(out / MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
     _clear(out, done)
     (out / STATE).unlink(missing_ok=True)
@@ -188,6 +193,25 @@ def epoch_pairs(index: KeptIndex, view: StreamView) -> dict[int, int]:
         for pair in index.live(p):
             pairs[pair.epoch] = pairs.get(pair.epoch, 0) + 1
     return pairs
+
+
+def _write_states(
+    out: Path, view: StreamView, cut: Cut, ids: KnownIds, index: KeptIndex
+) -> dict[str, dict[str, Any]] | None:
+    """The files from which `verify --from` starts; None where the known ids of the cut may have expired since."""
+    window = view.settings.dedupe_window
+    if window is not None and cut.offsets != view.cut:
+        return None
+    states = {}
+    for p, offset in sorted(cut.offsets.items()):
+        pairs = (
+            SetPair(pair.id, -1 if pair.cause is None else pair.cause, pair.epoch, pair.cluster, shard)
+            for pair, shard in index.taken(p)
+        )
+        since = 0 if window is None else max(0, offset - window)
+        known, forgotten = ids.known(p).between(since, offset), ids.forgotten(p).between(0, offset)
+        states[str(p)] = write_state(out, p, pairs, cut.totals[p], known, forgotten, window is not None)
+    return states
 
 
 # -- shards ------------------------------------------------------------------------------------------------------------
@@ -313,6 +337,7 @@ def _result(out: Path, manifest: Mapping[str, Any], reused: int) -> SnapshotTake
     return SnapshotTaken(
         folder=out,
         manifest=out / MANIFEST,
+        manifest_sha256=manifest["sha256"],
         stream=manifest["stream"],
         format=manifest["format"],
         offsets={int(p): offset for p, offset in manifest["offsets"].items()},

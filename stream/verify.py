@@ -3,6 +3,10 @@
 Replays the rows of `pair-codes` through stream/batch_tldr.py, which shares no line with state/, and compares what it picks
 with what the kept topic and the changelog hold; recomputes clusters from the recorded vectors; and looks for raw records
 that left no trace. A partition at a time, since the reference holds a partition's ids in memory.
+
+With `--from SNAPSHOT` the replay begins at the snapshot's cut, with the state that was recorded there. That proves: if the
+state at that cut was right, all that came after is; so what was verified before each snapshot is proven for ever, from
+snapshot to snapshot, whatever has expired since.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,16 +24,27 @@ from typing import TYPE_CHECKING
 import lmdb
 import numpy as np
 
-from state.changelog import ENTRY, FORGOTTEN, KNOWN, Totals, decode_entry, decode_forgotten, known_columns, number_of
+from state.changelog import (
+    ENTRY,
+    FORGOTTEN,
+    KNOWN,
+    CellCounts,
+    Totals,
+    decode_entry,
+    decode_forgotten,
+    known_columns,
+    number_of,
+)
 from state.partition import Fate
 from state.priority import hash_id, id_key
 from stream.batch_tldr import Before, Kept, Outcome, Row, reduce_partition
 from stream.bundles import announced
-from stream.cut import first_row_offset, written
+from stream.cut import codes_position, first_row_offset, written
 from stream.errors import Differs, NotVerified, TldrError
 from stream.kafka import partition_counts, start_offsets, topic_id
 from stream.kept_index import KeptIndex, Live
 from stream.progress import Progress
+from stream.snapshot_state import ROW_TOTALS, Hashes, PartitionState, TakenState
 from stream.stream_view import (
     ChangelogFollower,
     ChangelogRecord,
@@ -74,6 +90,8 @@ KINDS = {
     "unaccounted": "a raw record that left neither a row nor a dead letter",
     "counted_twice": "a raw record that left more than one row or dead letter",
     "captioned_twice": "a pair that was made visible twice",
+    "cell_differs": "a cell's counters in the changelog are not those of the reference",
+    "known_differs": "an id that the changelog knows or has forgotten and the reference has not, or the other way round",
     "totals_differ": "the changelog's totals are not the sum of the rows",
 }
 
@@ -99,6 +117,7 @@ class Verified:
     verified_from  by partition: the input offset from which on rows were there to replay
     not_verified   what could not be checked, and why; nothing of it is in the counts
     complete       whether everything was checked: only then a count of 0 says that there is none
+    snapshot       SHA-256 of the manifest that the replay began from; None: it began with the stream, or with what is left
     """
 
     stream: str
@@ -118,8 +137,11 @@ class Verified:
     unaccounted: int = 0
     counted_twice: int = 0
     captioned_twice: int = 0
+    cell_differs: int = 0
+    known_differs: int = 0
     totals_differ: int = 0
     complete: bool = True
+    snapshot: str | None = None
     differences: list[Difference] = field(default_factory=list)
     not_verified: list[str] = field(default_factory=list)
 
@@ -140,6 +162,8 @@ class Verified:
                 yield f"  … and {len(found) - SHOWN} more (--json lists them)"
         yield f"{self.stream} at {written(self.cut)}: {self.rows:,} rows, {self.dead_letters:,} dead letters,"
         yield f"{self.pairs:,} pairs in the set, {self.clusters_checked:,} clusters recomputed"
+        if self.snapshot is not None:
+            yield f"since the cut {written(self.verified_from)}, from the state of the snapshot {self.snapshot}"
         if self.not_verified:  # then a "0 missing" would say more than was looked at
             counts = [f"{count:,} {kind.replace('_', ' ')}" for kind, count in self.counts.items() if count]
             yield f"in the part that could be verified: {', '.join(counts) or 'nothing differs'}"
@@ -168,10 +192,12 @@ def verify(
     raw_topic: str,
     model_of: Callable[[str], PairModel | None],
     *,
+    taken: TakenState | None = None,
     workspace: Path | None = None,
 ) -> Verified:
     """Compares the stream with the batch reference at its newest cut.
 
+    taken      a snapshot to start from: rows before its cut are not needed, and not looked at
     model_of   the model of a bundle version, None where it cannot be had (clusters are then not verified)
     workspace  folder for temporary indexes; default: the system's
     """
@@ -181,7 +207,9 @@ def verify(
             # To the true end: a kept pair that is visible already must not be ahead of the changelog that we compare with.
             view = ChangelogFollower(source).advance(changelog.take, wait=True)
             changelog.flush()
-            out = Verified(source.name, view.cut, {})
+            out = Verified(source.name, view.cut, {}, snapshot=taken.sha256 if taken else None)
+            if taken is not None:
+                taken.refuse_another_stream(view)
             raw_from = _raw_from(source, raw_topic, view, out)
             spans = whole(source.connection, source.topics.kept, view.partitions)
             with Progress("reading kept pairs", sum(end - start for start, end in spans.values())) as progress:
@@ -193,7 +221,8 @@ def verify(
                 )
             clusters = _Clusters(model_of, out)
             for p in sorted(view.partitions):
-                _Partition(source, raw_topic, raw_from, view, p, changelog, index, clusters, out).verify()
+                at = taken.partition(p) if taken else None
+                _Partition(source, raw_topic, raw_from, view, p, changelog, index, clusters, out, at).verify()
             clusters.conclude()
             out.complete = not out.not_verified
             return out
@@ -264,21 +293,32 @@ class _Partition:
         index: KeptIndex,
         clusters: _Clusters,
         out: Verified,
+        taken: PartitionState | None,
     ) -> None:
+        self.taken = taken
         self.source, self.raw_topic, self.raw_from = source, raw_topic, raw_from
         self.settings, self.head, self.number = view.settings, view.partitions[number], number
         self.changelog, self.index, self.clusters, self.out = changelog, index, clusters, out
         self.recorded = _Recorded()
         self.vectors: dict[int, int] = {}  # offset of a kept pair → hash of its vector
         self.removed_by: list[tuple[int, str]] = []
+        self.evicted: Counter[tuple[int, int]] = Counter()
 
     def verify(self) -> None:
         """Everything about this partition, into the result."""
         cut, begin = self.head.cut, self.head.begin
         span = whole(self.source.connection, self.source.topics.codes, [self.number])[self.number]
-        start = self._verifiable_from(span, begin, cut)
+        start = self._taken_from(span, cut) if self.taken else self._verifiable_from(span, begin, cut)
         self.out.verified_from[self.number] = start
-        before = self._state_before(span, start) if start > begin else None
+        exact = (
+            start == begin
+        )  # whether all that the rows came upon is known, and not only what the changelog still says
+        before = None
+        if self.taken is not None and start == self.taken.offset:
+            exact, before = True, self._state_taken(self.taken)
+            span = self._narrowed(span, start, cut)
+        elif start > begin:
+            before = self._state_before(span, start)
         letters, letters_expired = self._dead_letters(start)
         gaps = _Gaps(self.number, start, cut, letters, self.out)
         reduced, outcomes = reduce_partition(
@@ -298,12 +338,17 @@ class _Partition:
         self.out.rows += len(self.recorded.ids)
         self.out.dead_letters += len(letters)
         self.out.pairs += self.index.live_count(self.number)
-        self._compare_fates(outcomes, start)
+        self._compare_fates(outcomes, start, exact)
         self._compare_takedowns(start, cut)
         self._compare_membership(reduced, outcomes, start)
+        self._compare_known(outcomes, before, start, exact)
+        if exact:
+            self._compare_cells(outcomes, reduced)
         self._look_up(gaps, letters_expired)
         if start == begin and not letters_expired:
             self._compare_totals(len(letters))
+        elif exact:
+            self._compare_totals(None)
 
     def _verifiable_from(self, span: tuple[int, int], begin: int, cut: int) -> int:
         """The input offset from which on all rows are still there."""
@@ -335,6 +380,8 @@ class _Partition:
                 if row.fate == Fate.KEPT and row.vector is not None:
                     self.vectors[row.offset] = hash(row.vector.tobytes())
                 self.removed_by += [(row.offset, gone) for gone in row.removed]
+                if row.fate == Fate.KEPT:
+                    self.evicted[row.epoch, row.cluster] += len(row.removed)
                 self.clusters.check(row)
                 yield _as_row(row)
 
@@ -355,14 +402,14 @@ class _Partition:
 
     # -- what is compared ----------------------------------------------------------------------------------------------
 
-    def _compare_fates(self, outcomes: Mapping[int, Outcome], start: int) -> None:
+    def _compare_fates(self, outcomes: Mapping[int, Outcome], start: int, exact: bool) -> None:
         for pair_id, offset, fate, position, duplicate_of in self.recorded:
             expected = outcomes[offset]
             got = f"{NAMES[fate]}"
             wanted = expected.fate
             if fate in COUNTED:
                 got, wanted = f"{got} at position {position}", f"{wanted} at position {expected.position}"
-            elif fate == Fate.DUPLICATE and expected.duplicate_of >= start:
+            elif fate == Fate.DUPLICATE and (exact or expected.duplicate_of >= start):
                 got, wanted = f"{got} of {duplicate_of}", f"{wanted} of {expected.duplicate_of}"
             if got != wanted:
                 self.out.add("fate_differs", self.number, offset, pair_id, f"recorded {got}, reference {wanted}")
@@ -424,12 +471,69 @@ class _Partition:
         pair_id, fate = at
         return f"its cause was recorded {NAMES[fate]}" + ("" if pair_id == live.id else f" for {pair_id}")
 
-    def _compare_totals(self, letters: int) -> None:
+    def _compare_known(self, outcomes: Mapping[int, Outcome], before: Before | None, start: int, exact: bool) -> None:
+        """The K and F records against what was counted and taken down: by them a worker knows an id again."""
+        key, window = id_key(self.settings.seed), self.settings.dedupe_window
+        since = 0 if exact else start
+        known = dict(before.known) if before else {}
+        taken_down = self.changelog.forgotten.get(self.number, {})
+        if exact:
+            forgotten = self.taken.forgotten.as_dict() if self.taken else {}
+        else:
+            forgotten = {name: at for name, at in taken_down.items() if at < start}
+        names: dict[int, str] = {}
+        for pair_id, offset, fate, *_ in self.recorded:
+            if fate == Fate.FORGOTTEN:
+                name = hash_id(key, pair_id)[0]
+                names[name] = pair_id
+                forgotten.setdefault(name, offset)
+            elif outcomes[offset].position >= 0:
+                name = hash_id(key, pair_id)[0]
+                names[name] = pair_id
+                known[name] = offset
+        # What is out of the window may have left the changelog, and may still be there.
+        inside = since if window is None else max(since, self.head.cut - window)
+        for what, ours, theirs, first in (
+            ("known", known, self.changelog.known.get(self.number, {}), inside),
+            ("forgotten", forgotten, taken_down, since),
+        ):
+            for name in sorted(ours.keys() | theirs.keys()):
+                wanted, got = ours.get(name), theirs.get(name)
+                if wanted != got and max(wanted or 0, got or 0) >= first:
+                    detail = f"{what} since {got}, not {wanted}, by its hash {name:016x}"
+                    at = wanted if wanted is not None else got
+                    self.out.add("known_differs", self.number, -1 if at is None else at, names.get(name, ""), detail)
+
+    def _compare_cells(self, outcomes: Mapping[int, Outcome], reduced: Mapping[str, Kept]) -> None:
+        counted: Counter[tuple[int, int]] = Counter()
+        entered: Counter[tuple[int, int]] = Counter()
+        before = self.taken.cells if self.taken else {}
+        for offset, cluster in zip(self.recorded.offsets, self.recorded.clusters, strict=True):
+            outcome = outcomes[offset]
+            if outcome.position >= 0:
+                counted[outcome.epoch, cluster] += 1
+                entered[outcome.epoch, cluster] += outcome.fate == "kept"
+        size = Counter((kept.epoch, kept.cluster) for kept in reduced.values())
+        for cell in sorted(before.keys() | counted.keys() | self.head.cells.keys()):
+            then = before.get(cell, CellCounts(0, 0, 0, 0))
+            wanted = CellCounts(
+                then.counted + counted[cell],
+                then.entered + entered[cell],
+                then.evicted + self.evicted[cell],
+                size[cell],
+            )
+            got = self.head.cells.get(cell, CellCounts(0, 0, 0, 0))
+            if got != wanted:
+                columns = zip(CellCounts._fields, got, wanted, strict=True)
+                detail = ", ".join(f"{name} {there}, not {right}" for name, there, right in columns if there != right)
+                detail = f"epoch {cell[0]}, cluster {cell[1]}: {detail}"
+                self.out.add("cell_differs", self.number, -1, "", detail)
+
+    def _compare_totals(self, letters: int | None) -> None:
+        """letters  the dead letters; None: they are not known since the beginning, and rows tell the rest."""
         fates = self.recorded.counts()
         counted = sum(fates[fate] for fate in COUNTED)
         ours = {
-            "read": len(self.recorded.ids) + letters,
-            "dead": letters,
             "duplicates": fates[Fate.DUPLICATE],
             "forgotten": fates[Fate.FORGOTTEN],
             "below_gate": fates[Fate.BELOW_GATE],
@@ -438,13 +542,17 @@ class _Partition:
             "over_cap": fates[Fate.OVER_CAP],
             "kept": fates[Fate.KEPT],
         }
+        if letters is not None:
+            ours |= {"read": len(self.recorded.ids) + letters, "dead": letters}
+        then = self.taken.totals if self.taken else dict.fromkeys(ROW_TOTALS, 0)
+        ours |= {name: count + then[name] for name, count in ours.items() if name in then}
         theirs: Totals = self.head.totals
         different = [
             f"{name} {getattr(theirs, name)}, not {count}"
             for name, count in ours.items()
             if getattr(theirs, name) != count
         ]
-        gone = theirs.evicted + theirs.removed
+        gone = theirs.evicted + theirs.removed - then["evicted"] - then["removed"]
         if gone != len(self.removed_by):
             different.append(f"evicted and removed {gone}, not {len(self.removed_by)}")
         if different:
@@ -481,6 +589,59 @@ class _Partition:
             self.out.add(
                 "unaccounted", self.number, message.offset(), _text(message.key()), "neither row nor dead letter"
             )
+
+    # -- from a snapshot on --------------------------------------------------------------------------------------------
+
+    def _taken_from(self, span: tuple[int, int], cut: int) -> int:
+        """The snapshot's cut if all rows since then are there, else the input offset from which on they are."""
+        wanted = self.taken.offset if self.taken else 0
+        first = first_row_offset(self.source, self.number, *span)
+        if span[0] == 0 or wanted == cut or (first is not None and first <= wanted):
+            return wanted
+        start = cut if first is None else min(first, cut)
+        # Dead letters and markers leave no row, so the first one may lie behind the cut and nothing be missing.
+        letters, expired = self._dead_letters(wanted)
+        there = self.raw_from is not None and self.raw_from[self.number] <= wanted and not expired
+        if there and not any(
+            message.offset() not in letters
+            for messages in read_spans(self.source.connection, self.raw_topic, {self.number: (wanted, start)})
+            for message in messages
+        ):
+            return wanted
+        self.out.not_verified.append(
+            f"partition {self.number}: pair-codes between the snapshot's cut {wanted} and input offset {start} have "
+            "expired: start from a newer snapshot, and take them more often than pair-codes expire"
+        )
+        return start
+
+    def _narrowed(self, span: tuple[int, int], start: int, cut: int) -> tuple[int, int]:
+        """The part of pair-codes that has the rows from `start` on."""
+        if start >= cut:
+            return span[1], span[1]
+        return codes_position(self.source, self.number, start, span), span[1]
+
+    def _state_taken(self, taken: PartitionState) -> Before:
+        """What the rows from the snapshot's cut on came upon, as it was recorded there."""
+        key, known = id_key(self.settings.seed), taken.known
+        if known is None:
+            of_changelog = self.changelog.known.get(self.number, {})
+            known = Hashes.of({name: at for name, at in of_changelog.items() if at < taken.offset})
+            if known.sha256 != taken.known_sha256:
+                self.out.add(
+                    "known_differs", self.number, -1, "",
+                    f"the {len(known.hashes):,} ids that the changelog knows from before offset {taken.offset} are not those "
+                    "of the snapshot",
+                )  # fmt: skip
+        reduced = {
+            hash_id(key, pair.id)[0]: (pair.id, Kept(pair.epoch, pair.cluster, -1, pair.offset)) for pair in taken.pairs
+        }
+        offsets = {name: kept.offset for name, (_, kept) in reduced.items()} | known.as_dict()
+        return Before(
+            reduced,
+            offsets,
+            set(taken.forgotten.hashes.tolist()),
+            {cell: counts.counted for cell, counts in taken.cells.items()},
+        )
 
     # -- where rows have expired ---------------------------------------------------------------------------------------
 
@@ -552,6 +713,7 @@ class _Recorded:
     def __init__(self) -> None:
         self.ids: list[str] = []
         self.offsets, self.positions, self.duplicate_of = array("q"), array("q"), array("q")
+        self.clusters = array("i")
         self.fates = bytearray()
 
     def add(self, row: CodesRow) -> None:
@@ -560,6 +722,7 @@ class _Recorded:
         self.positions.append(row.position)
         self.duplicate_of.append(row.duplicate_of)
         self.fates.append(row.fate)
+        self.clusters.append(row.cluster)
 
     def __iter__(self) -> Iterator[tuple[str, int, Fate, int, int]]:
         fates = [Fate(number) for number in range(len(Fate))]

@@ -174,6 +174,12 @@ class StreamWriter:
         producer.produce(topic, value, pair_id.encode(), self.partition_of(pair_id), headers=pairs)
         producer.flush()
 
+    def plant_record(self, topic: str, key: bytes, value: bytes | None, partition: int = 0) -> None:
+        """A record that no worker wrote, under any key."""
+        producer = self.kafka.producer()
+        producer.produce(topic, value, key, partition)
+        producer.flush()
+
     def members(self) -> dict[str, int]:
         """The reduced set as the stores have it: id → input offset."""
         from state.changelog import decode_entry

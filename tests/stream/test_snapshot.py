@@ -22,6 +22,7 @@ from stream.cut import parse_cut, written
 from stream.errors import TldrError
 from stream.kafka import Connection
 from stream.snapshot import snapshot
+from stream.snapshot_state import read_state
 from stream.stream_view import read_kept, read_view, whole
 from tests.stream.stream_writer import StreamWriter, raw
 
@@ -61,7 +62,9 @@ def test_a_snapshot_is_the_reduced_set(writer: StreamWriter, tmp_path: Path) -> 
     assert manifest["counts"]["evicted"] > 0
     assert manifest["counts"]["in_set"] == manifest["epochs"][0]["pairs"] == taken.pairs
     assert sum(row[3] for row in manifest["cells"]["rows"]) == read_view(writer.source).totals.counted
-    assert sorted(os.listdir(tmp_path / "out")) == ["manifest.json", *(file.name for file in taken.files)]
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "manifest.json", *(file.name for file in taken.files), "state-00000.avro", "state-00001.avro",
+    ]  # fmt: skip
 
 
 def test_a_shard_has_pairs_of_one_partition_in_shuffled_membership(writer: StreamWriter, tmp_path: Path) -> None:
@@ -210,7 +213,9 @@ def test_many_shards_are_written_in_several_passes(writer: StreamWriter, tmp_pat
 def test_only_the_manifest_says_which_pairs_a_snapshot_would_have(writer: StreamWriter, tmp_path: Path) -> None:
     taken = snapshot(writer.source, tmp_path / "out", manifest_only=True)
 
-    assert os.listdir(tmp_path / "out") == ["manifest.json"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["manifest.json", "state-00000.avro", "state-00001.avro"]
+    pairs = {pair.id: pair.offset for p in (0, 1) for pair in read_state(tmp_path / "out").pairs(p)}
+    assert pairs == writer.members()
     assert (taken.pairs, taken.files) == (len(writer.members()), [])
 
 

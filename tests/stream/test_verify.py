@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ import numpy as np
 import pytest
 from confluent_kafka import TopicPartition
 from numpy.typing import NDArray
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from models.model import PairModel
 from models.null import NullModel
+from state.changelog import encode_forgotten, encode_known, forgotten_key
 from stream.cli import app
-from stream.errors import Differs, NotVerified
+from stream.errors import Differs, NotVerified, TldrError
 from stream.kafka import Connection, end_offsets
+from stream.snapshot import snapshot
+from stream.snapshot_state import read_state
 from stream.verify import KINDS, Verified, verify
 from tests.stream.stream_writer import StreamWriter, raw
 
@@ -31,6 +35,16 @@ def filled(writer: StreamWriter, count: int = 240) -> StreamWriter:
 
 def check(writer: StreamWriter, model: PairModel | None = None) -> Verified:
     return verify(writer.source, writer.name, lambda version: model or writer.model)
+
+
+def check_from(writer: StreamWriter, folder: Path) -> Verified:
+    return verify(writer.source, writer.name, lambda version: writer.model, taken=read_state(folder))
+
+
+def assert_refused(done: Result, message: str) -> None:
+    assert done.exit_code == 2
+    (line,) = done.stderr.splitlines()
+    assert message in line
 
 
 def nothing_but(found: Verified, *kinds: str) -> list[Any]:
@@ -153,6 +167,127 @@ def test_where_codes_have_expired_the_rest_is_verified(
     assert stopped.value.exit_status == 4
     (missing,) = nothing_but(planted, "missing")
     assert (missing.id, missing.offset) == victim
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"cap": 9, "ratio": "2/3"}, {"cap": 6, "window": 30, "ratio": "1/1"}],
+    ids=["plain", "capped", "with a window"],
+)
+def test_a_stream_older_than_its_codes_is_proven_from_a_snapshot_on(
+    kafka: Connection, name: str, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    with StreamWriter(kafka, name, tmp_path, partitions=1, **settings) as writer:
+        writer.feed(f"pair {i}" for i in range(150)).feed([("pair 5", None), ("broken", b"no Avro")]).run()
+        snapshot(writer.source, tmp_path / "snapshot", manifest_only=True)
+        victim = min(writer.members().items(), key=lambda member: member[1])
+        expire(writer, settled_end(kafka, writer.topics.codes))
+        # Pairs of before are removed, evicted, repeated; an id comes back after its takedown.
+        writer.feed([("broken", b"no Avro"), (min(writer.members()), None), "pair 5"])
+        writer.feed(f"pair {i}" for i in range(0, 300, 2)).run()
+        alone, since = check(writer), check_from(writer, tmp_path / "snapshot")
+        at = writer.members().get(victim[0])
+        lost = at is not None and [(victim[0], at)]
+        later = max(writer.members().items(), key=lambda member: member[1])
+        for pair_id in filter(writer.members().get, (victim[0], later[0])):
+            writer.plant(writer.topics.kept, pair_id, None, cause="1")
+        planted = check_from(writer, tmp_path / "snapshot")
+
+    with pytest.raises(NotVerified):
+        alone.raise_for_status()
+    assert nothing_but(since) == []
+    assert since.not_verified == []
+    assert since.verified_from == {0: 152}
+    assert any("from the state of the snapshot" in line for line in since.lines())
+    found = [(d.id, d.offset) for d in nothing_but(planted, "missing")]
+    assert sorted(found) == sorted([*(lost or ()), later])
+    with pytest.raises(Differs):
+        planted.raise_for_status()
+
+
+def test_from_a_snapshot_it_leaves_with_0_or_5_and_refuses_one_that_was_changed(
+    kafka: Connection, name: str, tmp_path: Path
+) -> None:
+    def command(*arguments: str) -> Result:
+        return CliRunner().invoke(
+            app,
+            ["verify", "--topic", name, "--bootstrap-servers", kafka.bootstrap_servers, "--model", "null", *arguments],
+        )
+
+    taken, manifest = tmp_path / "snapshot", tmp_path / "snapshot" / "manifest.json"
+    with StreamWriter(kafka, name, tmp_path, partitions=1, model=NullModel()) as writer:
+        writer.feed(f"pair {i}" for i in range(100)).run()
+        snapshot(writer.source, taken, manifest_only=True)
+        expire(writer, settled_end(kafka, writer.topics.codes))
+        writer.feed(f"pair {i}" for i in range(100, 200)).run()
+        alone, since = command(), command("--from", str(taken))
+        writer.plant(writer.topics.kept, max(writer.members()), None, cause="1")
+        planted = command("--from", str(taken))
+
+    assert [done.exit_code for done in (alone, since, planted)] == [4, 0, 5]
+    assert json.loads(manifest.read_text())["sha256"] in since.stdout
+    whole = manifest.read_bytes()
+    for change in (("counted", "1"), ("known", "2")):
+        wrong = json.loads(whole)
+        if change[0] == "counted":
+            wrong["cells"]["rows"][0][3] += 1
+        else:
+            wrong["state"]["0"]["known"]["ids"] += 1
+        manifest.write_text(json.dumps(wrong))
+        assert_refused(command("--from", str(taken)), "is not as `snapshot` wrote it")
+    manifest.write_bytes(whole)
+    (taken / "state-00000.avro").write_bytes((taken / "state-00000.avro").read_bytes()[:-1] + b"x")
+    assert_refused(command("--from", str(taken)), "is not the file that manifest.json speaks of")
+    assert_refused(command("--from", str(tmp_path / "nowhere")), "cannot read")
+
+
+def test_what_the_changelog_says_of_known_ids_and_cells_is_compared_too(
+    kafka: Connection, name: str, tmp_path: Path
+) -> None:
+    with StreamWriter(kafka, name, tmp_path, partitions=1) as writer:
+        writer.feed(f"pair {i}" for i in range(60)).feed([("pair 4", None)]).run()
+        snapshot(writer.source, tmp_path / "snapshot", manifest_only=True)
+        key, value = next(item for item in writer.stores[0].items() if item[0][:1] == b"C")
+        writer.plant_record(writer.topics.changelog, key, value[:-1] + bytes([value[-1] ^ 1]))
+        first = next(key for key, _ in writer.stores[0].items() if key[:1] == b"K")
+        writer.plant_record(
+            writer.topics.changelog, first, encode_known(np.array([9], "u8"), np.array([0], "u8"))[0][1]
+        )
+        writer.plant_record(writer.topics.changelog, forgotten_key(7), encode_forgotten(3))
+        found, since = check(writer), check_from(writer, tmp_path / "snapshot")
+
+    nothing_but(found, "cell_differs", "known_differs")
+    (cell,) = (d for d in found.differences if d.kind == "cell_differs")
+    assert "size" in cell.detail
+    assert any(d.detail.startswith("forgotten since 3, not None") for d in found.differences)
+    assert any("are not those of the snapshot" in d.detail for d in nothing_but(since, "cell_differs", "known_differs"))
+
+
+def test_a_snapshot_of_another_stream_proves_nothing(kafka: Connection, name: str, tmp_path: Path) -> None:
+    with (
+        StreamWriter(kafka, name, tmp_path / "one", partitions=1) as writer,
+        StreamWriter(kafka, f"{name}-two", tmp_path / "two", partitions=1) as other,
+    ):
+        writer.feed(["a pair"]).run()
+        other.feed(["a pair"]).run()
+        snapshot(other.source, tmp_path / "snapshot", manifest_only=True)
+
+        with pytest.raises(TldrError, match=f"is a snapshot of the stream {name}-two"):
+            check_from(writer, tmp_path / "snapshot")
+
+
+def test_where_rows_after_the_snapshot_have_expired_too_it_says_so(
+    kafka: Connection, name: str, tmp_path: Path
+) -> None:
+    with StreamWriter(kafka, name, tmp_path, partitions=1) as writer:
+        writer.feed(f"pair {i}" for i in range(40)).run()
+        snapshot(writer.source, tmp_path / "snapshot", manifest_only=True)
+        writer.feed(f"pair {i}" for i in range(40, 120)).run()
+        expire(writer, settled_end(kafka, writer.topics.codes) - 2)
+        found = check_from(writer, tmp_path / "snapshot")
+
+    assert nothing_but(found) == []
+    assert "between the snapshot's cut 40 and input offset 80 have expired" in found.not_verified[0]
 
 
 def test_where_all_codes_have_expired_it_does_not_say_0_missing(kafka: Connection, name: str, tmp_path: Path) -> None:
