@@ -307,6 +307,9 @@ def forget(
     topic: Topic,
     ids: Annotated[list[str] | None, typer.Argument(metavar="ID...", help="Ids of the pairs.")] = None,
     ids_file: Annotated[Path | None, typer.Option(help="File of further ids, one a line.")] = None,
+    snapshots: Annotated[
+        list[Path] | None, typer.Option(help="Folder of an earlier snapshot to look into for the pairs; repeatable.")
+    ] = None,
     bootstrap_servers: BootstrapServers = DEFAULT_BOOTSTRAP,
     kafka: KafkaSettings = None,
     kafka_properties: KafkaProperties = None,
@@ -317,12 +320,16 @@ def forget(
     Example: tldr-stream forget https://example.org/cat.jpg --topic raw-pairs
     """
     from stream.forget import forget as job
-    from stream.forget import read_ids
+    from stream.forget import held_by, read_ids
     from stream.kafka import Connection
     from stream.results import show
 
     connection = Connection.of(bootstrap_servers, kafka or (), kafka_properties)
-    show(job(connection, topic, read_ids(ids or [], ids_file)), json)
+    wanted = read_ids(ids or [], ids_file)
+    held = held_by(snapshots or (), wanted)  # first: a folder that is none must not be found out after the takedown
+    result = job(connection, topic, wanted)
+    result.snapshots, result.held = len(snapshots or ()), held
+    show(result, json)
 
 
 @app.command(cls=JobCommand)

@@ -6,7 +6,7 @@ Must not know what a worker does with one (state/ does: the entry leaves the set
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,30 @@ from confluent_kafka import KafkaError, KafkaException
 
 from stream.errors import TldrError, Unavailable
 from stream.kafka import Connection, partition_count
+from stream.snapshot_state import read_state
 
 DELIVERY_TIMEOUT_S = 60.0
 
 
+@dataclass(frozen=True)
+class Held:
+    """A pair in a snapshot that was taken earlier. file  the shard that has its image, None: only the state names its id."""
+
+    snapshot: str
+    id: str
+    file: str | None
+
+
 @dataclass
 class ForgetResult:
-    """What `forget` wrote: one null value for each id and partition."""
+    """What `forget` wrote: one null value for each id and partition. held  where earlier snapshots have the pairs."""
 
     topic: str
     ids: int
     partitions: int
     records: int
+    snapshots: int = 0
+    held: list[Held] = field(default_factory=list)
 
     def lines(self) -> Iterable[str]:
         what = "1 pair" if self.ids == 1 else f"{self.ids:,} pairs"
@@ -33,6 +45,11 @@ class ForgetResult:
         yield "Workers remove it from the reduced set when they come to that record, and never count its id again."
         yield "This cannot be undone by sending the pair again."
         yield "Not reached: snapshots already exported, and copies of the raw record until the topics' retention ends."
+        if self.snapshots:
+            pairs = f"{len(self.held):,} {'copy' if len(self.held) == 1 else 'copies'}"
+            yield f"{pairs} in the {self.snapshots:,} snapshots looked at" + (": take them anew" if self.held else "")
+        for one in self.held:
+            yield f"  {one.snapshot}  {one.file or 'only in its state, no shard'}  {one.id}"
 
 
 def read_ids(ids: Sequence[str], file: Path | None) -> list[str]:
@@ -48,6 +65,21 @@ def read_ids(ids: Sequence[str], file: Path | None) -> list[str]:
     if not found:
         raise TldrError("no id given: name one, or a file of them with --ids-file FILE")
     return found
+
+
+def held_by(snapshots: Iterable[Path], ids: Sequence[str]) -> list[Held]:
+    """Which of `ids` earlier snapshots hold, and in which file. Raises TldrError where a folder holds no whole snapshot.
+
+    Read from the state beside the manifest, so no shard is opened; it has every pair that was in the reduced set at the cut.
+    """
+    wanted = set(ids)
+    return [
+        Held(str(folder), pair.id, taken.shard_name(partition, pair.shard))
+        for folder, taken in [(folder, read_state(folder)) for folder in snapshots]
+        for partition in sorted(taken.offsets)
+        for pair in taken.pairs(partition)
+        if pair.id in wanted
+    ]
 
 
 def forget(connection: Connection, topic: str, ids: Sequence[str]) -> ForgetResult:
