@@ -590,8 +590,6 @@ def verify(
         Path | None,
         typer.Option(
             "--from",
-            envvar="TLDR_FROM",
-            show_envvar=False,
             help="Folder of a snapshot: start from its cut and its state.  [default: all that pair-codes still have]",
         ),
     ] = None,

@@ -35,7 +35,7 @@ class JobCommand(TyperCommand):
         super().__init__(*args, **kwargs)
         for option in self.params:
             if isinstance(option, TyperOption) and option.name and not option.envvar:
-                option.envvar = ENVIRONMENT_PREFIX + option.name.upper()
+                option.envvar = ENVIRONMENT_PREFIX + _plain(option.name).upper()
                 option.show_envvar = False  # eighty of them drown the help; docs/reference.md has the rule
         self.params.append(_config_option())
 
@@ -96,6 +96,11 @@ def fail(message: str, status: int) -> NoReturn:
     raise typer.Exit(status)
 
 
+def _plain(name: str) -> str:
+    """An option's own name: Python's words have an underscore behind them as parameters (`from_`)."""
+    return name.rstrip("_")
+
+
 def _groups_of(parent: _click.Context | None) -> list[str]:
     """The groups that a command stands in, below the program: ["dlq"] for `tldr-stream dlq list`."""
     if parent is None or parent.parent is None:
@@ -144,10 +149,10 @@ def _read_config(ctx: typer.Context, value: str | None) -> None:
     own = tables
     for name in command.split():  # [consume], or [dlq.list]
         own = own.get(name, {})
-    options = {option.name for option in ctx.command.params}
+    options = {_plain(option.name): option.name for option in ctx.command.params if option.name}
     # A shared key may belong to another command; one in the command's own table can only be a mistake.
     for key in own:
         if key.replace("-", "_") not in options:
             fail(f"{path}: {command} has no option {key!r}", USER_ERROR_STATUS)
     values = {key.replace("-", "_"): item for key, item in {**shared, **own}.items()}
-    ctx.default_map = {key: item for key, item in values.items() if key in options}
+    ctx.default_map = {options[key]: item for key, item in values.items() if key in options}

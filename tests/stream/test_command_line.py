@@ -198,7 +198,7 @@ def test_every_option_has_an_environment_variable_of_its_name() -> None:
             command = command.commands[word]  # type: ignore[attr-defined]
         for parameter in command.params:
             if parameter.param_type_name == "option" and parameter.name != "help":
-                assert parameter.envvar == f"TLDR_{parameter.name.upper()}", f"{words} {parameter.name}"
+                assert parameter.envvar == f"TLDR_{parameter.name.upper().rstrip('_')}", f"{words} {parameter.name}"
 
 
 def test_every_option_can_stand_in_the_config_file(tmp_path: Path) -> None:
