@@ -73,8 +73,11 @@ class Assignment:
                 restored.seconds,
             )  # fmt: skip
 
-    def revoked(self, partitions: list[int], *, lost: bool = False) -> None:
-        """The group took `partitions` back: stop consuming them and close their stores (their effects are settled)."""
+    def revoked(self, partitions: list[int], *, lost: bool = False) -> bool:
+        """The group took `partitions` back: stop consuming them and close their stores (their effects are settled).
+
+        Returns whether any of them was consumed: the client then knows of it.
+        """
         for number in partitions:
             if restoring := self._restoring.pop(number, None):
                 restoring.cancel.set()
@@ -85,11 +88,13 @@ class Assignment:
                     restored = None
                 if restored is not None:
                     restored.partition.store.close()
+        stopped = self._intake.stop(partitions, lost=lost)
+        for number in partitions:
             if partition := self.running.pop(number, None):
-                self._intake.stop(number, lost=lost)
                 partition.store.close()
         if partitions:
             log.info("%s %s", "lost" if lost else "revoked", partitions)
+        return stopped
 
     def restore_again(self, partitions: Iterable[int]) -> None:
         """Begins anew with these running partitions, from what is committed: nobody here knows what that is any more."""

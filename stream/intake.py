@@ -131,29 +131,34 @@ class Intake:
         if self._started_while_polling is not None:
             self._started_while_polling[partition] = offset
 
-    def stop(self, partition: int, *, lost: bool = False) -> None:
-        """Ends consuming a partition and drops what is buffered of it."""
-        if partition in self._consumed:
-            self._consumed.discard(partition)
-            try:
-                self.consumer.incremental_unassign([TopicPartition(self.topic, partition)])
-            except (KafkaException, RuntimeError):  # RuntimeError: the consumer is closed
-                if not lost:
-                    raise
-        self._paused.discard(partition)
-        self.out_of_range.discard(partition)
-        self.at_end.pop(partition, None)
-        self._drop(partition)
+    def stop(self, partitions: Collection[int], *, lost: bool = False) -> bool:
+        """Ends consuming partitions and drops what is buffered of them; whether any of them was consumed.
+
+        All in one call of the client: while it closes, the group may be gone after the first one, and librdkafka (2.16) would
+        wait for ever for the answer to a second.
+        """
+        consumed = self._consumed.intersection(partitions)
+        self._consumed -= consumed
+        self._paused.difference_update(partitions)
+        self.out_of_range.difference_update(partitions)
+        for partition in partitions:
+            self.at_end.pop(partition, None)
+        self._buffer = deque(m for m in self._buffer if m.partition() not in partitions)
+        self.buffered_bytes = _weight(self._buffer)
+        if not consumed:
+            return False
+        try:
+            self.consumer.incremental_unassign([TopicPartition(self.topic, p) for p in sorted(consumed)])
+        except (KafkaException, RuntimeError):  # RuntimeError: the consumer is closed
+            if not lost:
+                raise
+        return True
 
     def go_back(self, partition: int, offset: int) -> None:
         """Consumes again from `offset`: what came after it was aborted."""
         if partition in self._consumed:
-            self.stop(partition)
+            self.stop([partition])
             self.start(partition, offset)
-
-    def _drop(self, partition: int) -> None:
-        self._buffer = deque(m for m in self._buffer if m.partition() != partition)
-        self.buffered_bytes = _weight(self._buffer)
 
     def _pause(self) -> None:
         fresh = self._consumed - self._paused

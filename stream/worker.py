@@ -311,24 +311,28 @@ class Worker:
         self.assignment.assigned([tp.partition for tp in partitions])
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        numbers = [tp.partition for tp in partitions]
         try:
             self._settle(self.pace.revoke_budget_s)
-            self.assignment.revoked([tp.partition for tp in partitions])
+            told = self.assignment.revoked(numbers)
         except BaseException as error:
             self._trouble = error
-            self.assignment.revoked([tp.partition for tp in partitions], lost=True)
-        consumer.incremental_unassign([])
+            told = self.assignment.revoked(numbers, lost=True)
+        if not told:
+            consumer.incremental_unassign([])
 
     def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """The group took us for dead: another worker may own them already, so nothing more is committed."""
+        told = False
         try:
             self._drop_batch()
             self._abort_effects()
-            self.assignment.revoked([tp.partition for tp in partitions], lost=True)
+            told = self.assignment.revoked([tp.partition for tp in partitions], lost=True)
             self._go_back()
         except BaseException as error:
             self._trouble = error
-        consumer.incremental_unassign([])
+        if not told:
+            consumer.incremental_unassign([])
 
     def _restored(self, number: int, restored: Restored) -> None:
         self._adopt(restored)

@@ -112,7 +112,7 @@ def test_what_was_taken_back_is_dropped_and_what_is_left_stays(
     intake.start(1, 0)
     until(lambda: intake.poll(0.1) or intake.at_end.keys() == {0, 1}, "all is there")  # type: ignore[func-returns-value]
 
-    intake.stop(0)
+    intake.stop([0])
 
     taken = intake.take(10 * RECORDS)
     assert numbers(taken, 0) == []
