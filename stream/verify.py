@@ -567,9 +567,11 @@ class _Partition:
         first = self.raw_from[self.number]
         gone = sum(min(end, first) - start for start, end in gaps.found if start < first)
         if gone:
+            lost = self.head.totals.lost
+            counted = f" ({lost} were counted as lost before a worker read them, --on-data-loss)" if lost else ""
             self.out.not_verified.append(
                 f"partition {self.number}: {gone} offsets below {first} left no row and no dead letter; the raw topic's "
-                "retention has taken them, so it cannot be told whether they were records"
+                f"retention has taken them, so it cannot be told whether they were records{counted}"
             )
         there = [(max(start, first), end) for start, end in gaps.found if end > first]
         untraced = [

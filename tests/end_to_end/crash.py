@@ -9,6 +9,7 @@ that was cut off goes on behind it.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -30,6 +31,7 @@ from tests.end_to_end.worker_process import ENVIRONMENT, REPOSITORY, WorkerProce
 WINDOWS_A_UNIT = 40
 KILLED, THROUGH = -signal.SIGKILL, 0
 PARTITIONS = 2
+_streams = itertools.count(1)  # of all stands of a process: two of them may stand on one broker
 DONE = REPOSITORY / ".build" / "crash.jsonl"
 DOCUMENT = REPOSITORY / "docs" / "crash-windows.md"
 
@@ -54,14 +56,12 @@ class Stand:
         self.broker, self.folder = broker, folder
         self.kafka = Connection(broker.bootstrap_servers)
         self.nursery = Nursery(ENVIRONMENT)
-        self._streams = 0
 
     def close(self) -> None:
         self.nursery.__exit__(None, None, None)
 
     def stream(self) -> Stream:
-        self._streams += 1
-        return Stream(self, f"crash-{os.getpid()}-{self._streams}")
+        return Stream(self, f"crash-{os.getpid()}-{next(_streams)}")
 
 
 class Stream:

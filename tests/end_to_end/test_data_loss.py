@@ -59,6 +59,24 @@ def test_a_loss_that_the_operator_allows_is_counted_for_good(kafka: Connection, 
     assert outcome_of(kafka, name).view.totals.lost == 30
 
 
+def test_verify_finds_no_difference_in_a_stream_that_lost_input_and_says_what_it_could_not_see(
+    kafka: Connection, name: str, tmp_path: Path
+) -> None:
+    # given
+    arguments = stream_at_50_of_a_topic_from_80(kafka, name, tmp_path)
+    with worker([*arguments, "--on-data-loss", "continue"], tmp_path / "log") as going_on:
+        going_on.finish()
+
+    # when
+    verify = ("verify", "--topic", name, "--model", "null", "--bootstrap-servers", kafka.bootstrap_servers)
+    status, output = run_command(*verify)
+
+    # then: status 4, not 5, and not a clean bill either
+    assert status == 4, output
+    assert "30 offsets below 80" in output and "30 were counted as lost" in output
+    assert "nothing differs" in output
+
+
 def test_a_loss_under_a_running_worker_stops_it_too(kafka: Connection, name: str, tmp_path: Path) -> None:
     # given: a worker at the end of its topic, frozen while records come and go
     create_topic(kafka, name, partitions=1)
