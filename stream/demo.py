@@ -31,6 +31,7 @@ from stream.kafka import Connection, create_missing, end_offsets, read_partition
 from stream.pair_sources import SourcePair, open_source
 from stream.progress import Progress
 from stream.records import Codec
+from stream.stream_view import ChangelogFollower, StreamSource
 from stream.topics import StreamTopics
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,9 @@ DOWN_S = 1.0
 # Longer than a worker takes to come back, so that its partition waits for it.
 SESSION_TIMEOUT_S = 30
 STALLED_AFTER_S = 120.0
+LOOK_EVERY_S = 0.25
+# A worker counts bytes once a second, received ones and payload each in its own second.
+COUNTED_WITHIN_S = 2.0
 DRAIN_TIMEOUT_S = 60.0
 
 
@@ -128,7 +132,8 @@ def demo(out: Path, corpus: Path | None = None, bundle: Path | None = None) -> D
             planted_duplicates, planted_bad = _fill(run, corpus)
         raw_records = sum(end_offsets(run.connection, TOPIC, range(PARTITIONS)).values())
         with steps.step("reduce"):
-            killed = _watch(workers, raw_records)
+            killed = _watch(run.connection, workers, raw_records)
+            time.sleep(COUNTED_WITHIN_S)
             figures = [worker.figures() for worker in workers]
             for worker in workers:
                 worker.drain()
@@ -282,10 +287,6 @@ class _WorkerProcess:
             for sample in family.samples:
                 yield sample.name, sample.labels, sample.value
 
-    @property
-    def done(self) -> float:
-        return sum(value for name, value in self.figures().items() if name.startswith("tldr_pairs_total"))
-
 
 @contextmanager
 def _worker(run: _Run, number: int) -> Iterator[_WorkerProcess]:
@@ -322,30 +323,48 @@ def _refuse_dead(workers: list[_WorkerProcess]) -> None:
             raise Stopped(f"{worker.name} ended with status {worker.process.returncode}: see {worker.log}")
 
 
-def _watch(workers: list[_WorkerProcess], raw_records: int) -> str:
-    """Waits until everything is committed; kills the last worker in the middle and starts it again. Says how that went."""
+def _watch(connection: Connection, workers: list[_WorkerProcess], raw_records: int) -> str:
+    """Waits until everything is committed; kills the last worker in the middle and starts it again. Says how that went.
+
+    What is done is read from the changelog: a worker's metrics die with it, and with them what it committed last.
+    """
+    follower = ChangelogFollower(StreamSource(connection, StreamTopics(TOPIC)))
     victim = workers[-1]
     killed = ""
-    done, moved_at = 0.0, time.monotonic()
+    done, moved_at = 0, time.monotonic()
     with Progress("reduce", raw_records, "records") as progress:
         while done < raw_records:
-            time.sleep(0.25)
-            now = sum(worker.done for worker in workers)
-            if now > done:
-                progress.advance(int(now) - int(done))
-                done, moved_at = now, time.monotonic()
+            time.sleep(LOOK_EVERY_S)
             _refuse_dead(workers)
-            if not killed and done > KILL_AT_SHARE * raw_records and victim.done > 0:
-                at = victim.done
+            read = _committed_by(follower)
+            now = sum(read.values())
+            if now > done:
+                progress.advance(now - done)
+                done, moved_at = now, time.monotonic()
+            if not killed and done > KILL_AT_SHARE * raw_records and read.get(victim.name):
                 victim.kill()
-                print(f"  kill -9 {victim.name} after its first {at:.0f} records", file=sys.stderr, flush=True)
+                at = f"after {read[victim.name]} records"
+                print(f"  kill -9 {victim.name} {at}", file=sys.stderr, flush=True)
                 time.sleep(DOWN_S)
                 victim.start()
-                killed = f"{victim.name} killed with -9 after {at:.0f} records and started again"
+                killed = f"{victim.name} killed with -9 {at} and started again"
             if time.monotonic() - moved_at > STALLED_AFTER_S:
                 logs = ", ".join(str(worker.log) for worker in workers)
-                raise Stopped(f"nothing moved for {STALLED_AFTER_S:.0f} s at {done:.0f} of {raw_records}: see {logs}")
+                raise Stopped(f"nothing moved for {STALLED_AFTER_S:.0f} s at {done} of {raw_records}: see {logs}")
     return killed or "none was killed: the run was over too soon"
+
+
+def _committed_by(follower: ChangelogFollower) -> dict[str, int]:
+    """The records read of all partitions, by the worker that committed a partition last; nothing before the first commit."""
+    try:
+        view = follower.advance()
+    except TldrError:
+        return {}
+    read: dict[str, int] = {}
+    for part in view.partitions.values():
+        if part.position is not None:
+            read[part.position.instance] = read.get(part.position.instance, 0) + part.totals.read
+    return read
 
 
 def _fill(run: _Run, corpus: Path) -> tuple[int, int]:
