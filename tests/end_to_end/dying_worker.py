@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -43,15 +44,18 @@ class Countdown:
         self.nth, self.within, self.at, self.how = nth, frozenset(within), at, how
         self.count = 0
         self._inside: list[str] = []
+        self._one_at_a_time = threading.Lock()
         self._report = os.open(report, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
 
     def step(self, what: str) -> None:
-        os.write(self._report, f"{what}\n".encode())
-        if (self.within and not self.within.intersection(self._inside)) or (self.at and self.at != what):
-            return
-        self.count += 1
-        if self.count == self.nth:
-            os.kill(os.getpid(), self.how)
+        # Partitions are restored in two threads: none may write down a step behind the one that the process dies of.
+        with self._one_at_a_time:
+            os.write(self._report, f"{what}\n".encode())
+            if (self.within and not self.within.intersection(self._inside)) or (self.at and self.at != what):
+                return
+            self.count += 1
+            if self.count == self.nth:
+                os.kill(os.getpid(), self.how)
 
     def watch(self, owner: Any, name: str, also: Callable[[Any], None] = lambda result: None) -> None:
         """Replaces a function by itself between two steps."""
