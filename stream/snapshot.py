@@ -99,7 +99,7 @@ def snapshot(
     if format not in FORMATS:
         raise TldrError(f"there is no format {format}: give {' or '.join(FORMATS)}")
     ids = KnownIds()
-    view = ChangelogFollower(source).advance(ids.take)
+    view = ChangelogFollower(source).advance(ids.take, wait=True)
     sampled = view.settings.ratio
     wanted_ratio = ratio or sampled
     if wanted_ratio.share > sampled.share:

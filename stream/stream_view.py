@@ -262,8 +262,11 @@ class ChangelogFollower:
 
 
 def read_view(source: StreamSource) -> StreamView:
-    """What the stream has committed by now. Raises TldrError where there is none."""
-    return ChangelogFollower(source).advance()
+    """What the stream has committed by now. Raises TldrError where there is none.
+
+    A commit that its producer was told of counts, even if its markers are still on their way: they are waited for.
+    """
+    return ChangelogFollower(source).advance(wait=True)
 
 
 # -- kept pairs --------------------------------------------------------------------------------------------------------
