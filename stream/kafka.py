@@ -16,7 +16,6 @@ from typing import Any
 
 from confluent_kafka import (
     Consumer,
-    ConsumerGroupTopicPartitions,
     IsolationLevel,
     KafkaError,
     KafkaException,
@@ -146,6 +145,9 @@ class Connection:
             enable_partition_eof=True,
             fetch_message_max_bytes=RECORD_BYTES_MAX,
             fetch_wait_max_ms=20,  # the end of a partition is told only after this wait
+            # The user's time-outs are a member's; librdkafka refuses those that do not go with its default of the other.
+            session_timeout_ms=45_000,
+            max_poll_interval_ms=300_000,
             **ours,
         )
         return Consumer(config, logger=_quiet)
@@ -281,27 +283,30 @@ def _offsets(
                 admin = connection.new_admin()
 
 
-def group_offsets(connection: Connection, group: str, topic: str) -> dict[int, int]:
+def group_offsets(connection: Connection, group: str, topic: str, partitions: Iterable[int]) -> dict[int, int]:
     """The offsets that `group` has committed on `topic`, by partition; partitions without one are left out.
 
-    Waits for transactions that hold offsets of the group (`require_stable`): their outcome is the answer.
-    Raises Unavailable if they do not end within REQUEST_TIMEOUT_S.
+    Waits for transactions that hold offsets of the group (a read_committed consumer asks for stable ones): their outcome
+    is the answer. Raises Unavailable if they do not end within REQUEST_TIMEOUT_S.
     """
+    # Not AdminClient.list_consumer_group_offsets: librdkafka (2.16) dies of a null pointer in it where the coordinator
+    # answers that it is none, as a broker does that has just come back (librdkafka #5040; met in a storm).
     deadline = time.monotonic() + REQUEST_TIMEOUT_S
-    while True:
-        asked = [ConsumerGroupTopicPartitions(group)]
-        done = connection.admin.list_consumer_group_offsets(
-            asked, require_stable=True, request_timeout=REQUEST_TIMEOUT_S
-        )
-        try:
-            found = done[group].result().topic_partitions or []
-            return {tp.partition: tp.offset for tp in found if tp.topic == topic and tp.offset >= 0}
-        except KafkaException as error:
-            if error.args[0].code() == KafkaError.GROUP_ID_NOT_FOUND:
-                return {}
-            if not error.args[0].retriable() or time.monotonic() > deadline:
-                raise Unavailable(f"cannot read the offsets of group {group}: {error.args[0].str()}") from error
-            time.sleep(0.1)
+    asked = [TopicPartition(topic, partition) for partition in partitions]
+    reader = connection.reader(group)  # it never subscribes, so it is no member
+    try:
+        while True:
+            try:
+                found = reader.committed(asked, REQUEST_TIMEOUT_S)
+                if errors := [KafkaException(tp.error) for tp in found if tp.error]:
+                    raise errors[0]
+                return {tp.partition: tp.offset for tp in found if tp.offset >= 0}
+            except KafkaException as error:
+                if not error.args[0].retriable() or time.monotonic() > deadline:
+                    raise Unavailable(f"cannot read the offsets of group {group}: {error.args[0].str()}") from error
+                time.sleep(0.1)
+    finally:
+        reader.close()
 
 
 def read_partition(

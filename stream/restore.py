@@ -60,7 +60,7 @@ def restore(
     """
     began = time.monotonic()
     # First: it waits for transactions with pending offsets, whose records then lie before the end that is asked for next.
-    committed = group_offsets(connection, group, raw_topic).get(number)
+    committed = group_offsets(connection, group, raw_topic, [number]).get(number)
     first = start_offsets(connection, topics.changelog, [number])[number]
     end = end_offsets(connection, topics.changelog, [number], committed=False)[number]
     store, rebuilt = _open(connection, topics, number, folder, first, end)

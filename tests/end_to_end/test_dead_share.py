@@ -44,7 +44,7 @@ def test_a_worker_stops_above_the_limit_and_goes_on_exactly_with_a_higher_one(
     assert "\n" not in message
     assert 300 < first.totals.dead <= 400  # of the last 2,000
     assert second.totals == first.totals
-    assert group_offsets(kafka, name, name) == second.cut
+    assert group_offsets(kafka, name, name, second.cut) == second.cut
 
     stream.run(dlq_limit="100%")
     totals = read_view(stream.source).totals

@@ -125,7 +125,7 @@ def test_group_offsets_that_somebody_reset_with_the_command_that_puts_them_right
     arguments = [*null_worker(kafka, name, tmp_path / "state", "--session-timeout-s", "6"), "--stop-at-end"]
     with worker(arguments, tmp_path / "log") as first:
         first.finish()
-    assert group_offsets(kafka, name, name) == {0: 100}
+    assert group_offsets(kafka, name, name, [0]) == {0: 100}
     # and the static member has left, or nobody may reset anything
     _reset(kafka, name, 30)
 
@@ -156,7 +156,7 @@ def _reset(kafka: Connection, group: str, offset: int) -> None:
                 answer.result()
         except KafkaException:  # the session of the member that left goes on for a while
             return False
-        return group_offsets(kafka, group, group) == {0: offset}
+        return group_offsets(kafka, group, group, [0]) == {0: offset}
 
     until(done, "the group's offset is reset")
 

@@ -32,7 +32,7 @@ def test_a_signal_drains_the_worker(kafka: Connection, name: str, tmp_path: Path
     # then: what it had decided is committed, and the group stands where the changelog does
     outcome = outcome_of(kafka, name)
     assert outcome.view.totals.read > 0
-    assert group_offsets(kafka, name, name) == outcome.view.cut
+    assert group_offsets(kafka, name, name, outcome.view.cut) == outcome.view.cut
     assert {row.offset for row in outcome.rows if row.partition == 0} == set(range(outcome.view.cut[0]))
 
 
