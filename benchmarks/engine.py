@@ -272,12 +272,10 @@ def grow(kafka: Connection, topic: str, pairs: int, folder: Path) -> None:
             for start in range(0, share, 25_000):
                 count = min(25_000, share - start)
                 store.apply(_counted(dice, start, count, model), 1)
+            counts = np.tile([share // model.clusters, share // model.clusters // 4, 0, 0], (model.clusters, 1))
             cells = [
-                (
-                    changelog.cell_key(0, c),
-                    changelog.encode_cell(share // model.clusters, share // model.clusters // 4, 0, 0),
-                )
-                for c in range(model.clusters)
+                (changelog.cells_key(0, c), changelog.encode_cells(counts[c : c + changelog.CELLS_A_RECORD]))
+                for c in range(0, model.clusters, changelog.CELLS_A_RECORD)
             ]
             position = Position(share, 0, int(time.time() * 1000), "grown", Totals(read=share, counted=share))
             store.apply([*cells, (changelog.POSITION, changelog.encode_position(position))], 1)

@@ -15,11 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from state.changelog import Record
-from state.partition import Partition
+from state.partition import Kind, Partition, Rows
 from state.partition_store import PartitionStore
-from state.priority import hash_id, id_key
+from state.priority import hash_ids, id_key
 from state.quota import Ratio
 from state.settings import StreamSettings
+
+DECIDED_TOGETHER = 500  # about a partition's share of a batch with the null model
 
 SECONDS: dict[str, float] = {}  # on the wall clock
 CPU: dict[str, float] = {}  # of this process: what a busy machine does not change much
@@ -83,16 +85,21 @@ def fill(
         partition = Partition(store, settings, 0)
         partition.adopt("bundle", settings.space, 0)
         for start in range(0, len(ids), batch):
-            span = range(start, min(start + batch, len(ids)))
-            with timed("hash and look up before decoding"):
-                hashes = [hash_id(key, ids[offset]) for offset in span]
-                partition.look_up([known for known, _ in hashes])
-                for offset, (known, _) in zip(span, hashes, strict=True):
-                    partition.fate_if_seen(known, offset)
-            with timed("decide"):
-                for offset in span:
-                    both = hashes[offset - start]
-                    partition.decide(offset, ids[offset], clusters[offset], 0.5, vectors[offset % 10_000], both)
+            end = min(start + batch, len(ids))
+            for first in range(start, end, DECIDED_TOGETHER):
+                offsets = np.arange(first, min(first + DECIDED_TOGETHER, end))
+                its = slice(first, first + len(offsets))
+                with timed("hash and look up before decoding"):
+                    known, priorities = hash_ids(key, ids[its])
+                    firsts = partition.look_up(known)
+                with timed("decide"):
+                    kinds, itms = np.full(len(offsets), Kind.PAIR, np.uint8), np.full(len(offsets), 0.5, np.float32)
+                    partition.decide_all(
+                        Rows(
+                            offsets, ids[its], kinds, firsts, known, priorities, np.array(clusters[its], np.int32), itms,
+                            vectors[offsets % len(vectors)],
+                        )
+                    )  # fmt: skip
             with timed("changes"):
                 log += partition.changes("bench", 0)
             with timed("commit"):

@@ -7,7 +7,7 @@ little-endian as they lie in memory; every value that is not JSON begins with th
     S                          settings of the stream, JSON, the first record
     P                          position and totals of the partition, JSON, in every transaction
     W epoch                    the bundle of an epoch, JSON
-    C epoch cluster            counters of a cell
+    C epoch first-cluster      counters of up to 64 cells: a busy transaction touches most of them
     E hash                     an entry of the reservoir; no value: it left
     K first-offset             the ids that one transaction counted; no value: all are out of the dedupe window
     F hash                     an id that was taken down for good
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -36,12 +37,21 @@ KNOWN_IDS_MAX = 32_768
 # Offsets inside one record are stored as differences of 32 bits.
 KNOWN_SPAN_MAX = (1 << 32) - 1
 
+# A record each would be a third of all that a busy worker writes.
+CELLS_A_RECORD = 64
+
 _VERSION = 1
+# One cell a record was version 1.
+_CELLS_VERSION = 2
 _u32_key = struct.Struct(">cI")
 _u64_key = struct.Struct(">cQ")
 _cell_key = struct.Struct(">cII")
-_cell = struct.Struct(">BQQQQ")
+_CELL_BYTES = 32
 _entry = struct.Struct(">BQIIQHHIH")  # version, offset, epoch, cluster, priority, p, q, bytes of the id, tokens
+_HEAD = np.dtype(
+    [("version", "u1"), ("offset", ">u8"), ("epoch", ">u4"), ("cluster", ">u4"), ("priority", ">u8"), ("p", ">u2"),
+     ("q", ">u2"), ("id_bytes", ">u4"), ("tokens", ">u2")]
+)  # fmt: skip
 _known = struct.Struct(">BI")
 _forgotten = struct.Struct(">BQ")
 
@@ -123,9 +133,9 @@ def switch_key(epoch: int) -> bytes:
     return _u32_key.pack(SWITCH, epoch)
 
 
-def cell_key(epoch: int, cluster: int) -> bytes:
-    """Key of a cell's counters."""
-    return _cell_key.pack(CELL, epoch, cluster)
+def cells_key(epoch: int, cluster: int) -> bytes:
+    """Key of the record that has the counters of this cell and of those beside it."""
+    return _cell_key.pack(CELL, epoch, cluster - cluster % CELLS_A_RECORD)
 
 
 def entry_key(known_hash: int) -> bytes:
@@ -181,16 +191,30 @@ def decode_switch(value: bytes) -> Switch:
         raise _strange("W", error) from error
 
 
-def encode_cell(counted: int, entered: int, evicted: int, size: int) -> bytes:
-    """33 bytes."""
-    return _cell.pack(_VERSION, counted, entered, evicted, size)
+def encode_cells(counts: NDArray[np.int64]) -> bytes:
+    """32 bytes a cell, up to the last one that has counted anything.
+
+    counts  (n, 4) counted, entered, evicted, size of the cells from the record's first cluster on, n ≤ 64
+    """
+    used = np.flatnonzero(counts[:, 0])
+    end = int(used[-1]) + 1 if len(used) else 0
+    return bytes([_CELLS_VERSION]) + counts[:end].astype(">u8").tobytes()
 
 
-def decode_cell(value: bytes) -> CellCounts:
-    """Inverse of `encode_cell`. Raises UnknownRecord."""
-    if len(value) != _cell.size or value[0] != _VERSION:
+def decode_cells(value: bytes) -> NDArray[np.int64]:
+    """Inverse of `encode_cells`, without the cells behind the last one that has counted. Raises UnknownRecord."""
+    count, odd = divmod(len(value) - 1, _CELL_BYTES)
+    if odd or count > CELLS_A_RECORD or value[0] != _CELLS_VERSION:
         raise _strange("C")
-    return CellCounts(*_cell.unpack(value)[1:])
+    return np.frombuffer(value, ">u8", 4 * count, 1).astype(np.int64).reshape(count, 4)
+
+
+def cells_of(key: bytes, value: bytes) -> list[tuple[int, int, CellCounts]]:
+    """(epoch, cluster, counters) of each cell of a C record that has counted anything. Raises UnknownRecord."""
+    number = number_of(key)
+    epoch, first = number >> 32, number & 0xFFFFFFFF
+    rows = decode_cells(value).tolist()
+    return [(epoch, first + at, CellCounts(*row)) for at, row in enumerate(rows) if row[0]]
 
 
 def encode_entry(
@@ -199,6 +223,22 @@ def encode_entry(
     """35 bytes, the id in UTF-8, and the vector as little-endian uint16."""
     head = _entry.pack(_VERSION, offset, epoch, cluster, priority, rate.p, rate.q, len(pair_id), len(vector) >> 1)
     return head + pair_id + vector
+
+
+def encode_entries(
+    offsets: NDArray[np.int64], epoch: int, clusters: NDArray[np.int32], priorities: NDArray[np.uint64], rate: Ratio,
+    pair_ids: Sequence[bytes], vectors: NDArray[np.uint16],
+) -> list[bytes]:  # fmt: skip
+    """`encode_entry` of many pairs at once, a column for each argument; vectors (n, tokens)."""
+    heads = np.empty(len(pair_ids), _HEAD)
+    heads["version"], heads["offset"], heads["epoch"], heads["cluster"] = _VERSION, offsets, epoch, clusters
+    heads["priority"], heads["p"], heads["q"], heads["tokens"] = priorities, rate.p, rate.q, vectors.shape[1]
+    heads["id_bytes"] = list(map(len, pair_ids))
+    front, back, width = heads.tobytes(), vectors.astype("<u2", copy=False).tobytes(), 2 * vectors.shape[1]
+    return [
+        front[at * _entry.size : (at + 1) * _entry.size] + pair_id + back[at * width : (at + 1) * width]
+        for at, pair_id in enumerate(pair_ids)
+    ]
 
 
 def decode_entry(value: bytes) -> Entry:

@@ -1,13 +1,13 @@
 """The live state of one partition: its committed store plus the effects of the open transaction.
 
-`decide` is the hot path of the whole service: one hash an id, live cells as plain objects, columns instead of
-records, and bytes are made once a touched cell and transaction. Nothing here reaches the store before `commit`, which
+`decide` says what is right for one pair, `decide_all` the same for a batch: it is the hot path of the whole service, so it
+works on columns, and leaves to the former what is rare. Nothing here reaches the store before `commit`, which
 the caller calls when Kafka has committed; `abort` forgets. It must never know a Kafka client, and it reads no clock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
 from functools import partial
 from typing import NamedTuple, cast
@@ -16,22 +16,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.changelog import (
+    CELLS_A_RECORD,
+    ENTRY,
     POSITION,
     SETTINGS,
     Position,
     Record,
     Switch,
     Totals,
-    cell_key,
+    cells_key,
     decode_entry,
-    encode_cell,
+    encode_cells,
+    encode_entries,
     encode_entry,
     encode_forgotten,
     encode_known,
     encode_position,
     encode_switch,
     entry_head,
-    entry_key,
     forgotten_key,
     known_key,
     switch_key,
@@ -39,14 +41,16 @@ from state.changelog import (
 from state.errors import SettingsDiffer
 from state.partition_store import PartitionStore
 from state.priority import hash_id, id_key
-from state.quota import kept_positions
+from state.quota import kept_in_blocks
 from state.reservoir import heap_of, mark_of, offer, rank_of
 from state.settings import StreamSettings, refuse_difference
 
-# Live cells are dropped, least recently touched first, when they and the marks in them hold more numbers than this
-# (about 60 bytes each).
+# The heaps of capped cells are dropped, least recently touched first, when they hold more numbers than this (about 60 bytes
+# each).
 LIVE_NUMBERS_MAX = 2_000_000
-_NUMBERS_OF_A_CELL = 8
+_NUMBERS_OF_A_HEAP = 8
+# In the place of the offset at which an id was counted: it never was, and it was taken down.
+NOT_KNOWN, TAKEN_DOWN = -1, -2
 
 
 class Fate(IntEnum):
@@ -86,20 +90,64 @@ _decision = cast("Callable[[tuple[Fate, int, int, int, tuple[str, ...]]], Decisi
 _DEAD_LETTER = Decision(DEAD, -1, 0, -1, ())
 
 
-class _Cell:
-    """One cell, live: its counters, the mask of the block it is in, and with a cap the heap of its marks."""
+class Kind(IntEnum):
+    """What a row of a batch is. UNSEEN: an image that cannot be decoded, a dead letter unless its id is known by then."""
 
-    __slots__ = ("block", "counted", "entered", "evicted", "heap", "key", "mask", "size", "touched")
+    PAIR = 0
+    KNOWN = 1
+    UNSEEN = 2
+    DEAD = 3
+    TAKEDOWN = 4
 
-    def __init__(self, key: int, counted: int, entered: int, evicted: int, size: int, heap: list[int] | None) -> None:
-        self.key = key
-        self.counted, self.entered, self.evicted, self.size = counted, entered, evicted, size
-        self.heap = heap
-        self.block, self.mask = -1, 0
-        self.touched = False
 
-    def encoded(self) -> bytes:
-        return encode_cell(self.counted, self.entered, self.evicted, self.size)
+class Rows(NamedTuple):
+    """A batch of one partition, in the order of its offsets; n rows, m of which are pairs whose image was looked at.
+
+    kinds     (n,) Kind: KNOWN are those of which `is_known` said so
+    firsts    (n,) what `look_up` said before the batch
+    known, priorities  (n,) the halves of the ids' hashes
+    clusters, itms, vectors  (m,), (m,), (m, tokens)
+    """
+
+    offsets: NDArray[np.int64]
+    ids: Sequence[str]
+    kinds: NDArray[np.uint8]
+    firsts: NDArray[np.int64]
+    known: NDArray[np.uint64]
+    priorities: NDArray[np.uint64]
+    clusters: NDArray[np.int32]
+    itms: NDArray[np.float32]
+    vectors: NDArray[np.uint16]
+
+
+class Decisions(NamedTuple):
+    """What was decided about the rows, a column for each field of Decision. removed  (row, id) each."""
+
+    fates: NDArray[np.uint8]
+    positions: NDArray[np.int64]
+    duplicate_of: NDArray[np.int64]
+    removed: list[tuple[int, str]]
+
+
+class _Cells:
+    """The cells of one epoch, live, by cluster: their counters and the blocks that they are in."""
+
+    __slots__ = ("block", "counts", "kept", "touched")
+
+    def __init__(self, counts: NDArray[np.int64], q: int) -> None:
+        self.counts = counts  # (clusters, 4) counted, entered, evicted, size
+        self.block = np.full(len(counts), -1)  # (clusters,) the block whose positions `kept` has
+        self.kept = np.zeros((len(counts), q), bool)
+        self.touched = np.zeros(len(counts) // CELLS_A_RECORD, bool)  # by record
+
+    def reach(self, cluster: int) -> None:
+        """Makes room for the cells up to this one."""
+        more = (cluster // CELLS_A_RECORD + 1) * CELLS_A_RECORD - len(self.counts)
+        if more > 0:
+            self.counts = np.concatenate([self.counts, np.zeros((more, 4), np.int64)])
+            self.block = np.concatenate([self.block, np.full(more, -1)])
+            self.kept = np.concatenate([self.kept, np.zeros((more, self.kept.shape[1]), bool)])
+            self.touched = np.concatenate([self.touched, np.zeros(more // CELLS_A_RECORD, bool)])
 
 
 class Partition:
@@ -107,7 +155,7 @@ class Partition:
 
     Raises SettingsDiffer where the store belongs to a stream with other settings.
 
-    Every input offset goes, in order, through exactly one of `decide`, `duplicate`, `dead` and `take_down`. Then
+    Every input offset goes, in order, through exactly one of `decide`, `duplicate`, `dead`, `take_down` and `decide_all`. Then
     `changes` gives the changelog records of the open transaction, and `commit` or `abort` ends it.
     """
 
@@ -125,13 +173,14 @@ class Partition:
         self.partition = partition
         self._new_stream = stored is None
         self._live_numbers_max = live_numbers_max
-        self._live_numbers = 0
         self._key = id_key(settings.seed)
         self._ratio, (self._p, self._q) = settings.ratio, settings.ratio
         self._cap, self._gate = settings.cell_cap, settings.gate
         # an unbounded window reaches back beyond offset 0
         self._window = settings.dedupe_window if settings.dedupe_window is not None else 1 << 64
-        self._cells: dict[int, _Cell] = {}
+        self._cells: dict[int, _Cells] = {}  # by epoch
+        self._heaps: dict[tuple[int, int], list[int]] = {}  # of capped cells, by epoch and cluster
+        self._live_numbers = 0
         self._forgotten = set(store.forgotten())
         self._begin()
 
@@ -145,10 +194,9 @@ class Partition:
         self._tally = [0] * len(Fate)
         self._evicted = self._removed = self._lost = 0
         self._committed = position.totals if position else Totals()
-        self._touched: list[_Cell] = []
+        self._touched_heaps: set[tuple[int, int]] = set()
         self._counted: dict[int, int] = {}  # known hash → offset: ids that this transaction counted
-        self._stored: dict[int, int] = {}  # known hash → offset: looked up in the store already,
-        self._absent: set[int] = set()  # and those that are not there
+        self._looked_up: dict[int, int | None] = {}  # known hash → offset, None: the store does not know it
         self._entries: dict[int, bytes | None] = {}  # known hash → entry, None: it left
         self._hash_at: dict[int, int] = {}  # offset → known hash: entries that this transaction added and still has
         self._gone: set[int] = set()  # offsets of committed entries that left
@@ -158,12 +206,35 @@ class Partition:
 
     # -- one input offset each -----------------------------------------------------------------------------------------
 
-    def look_up(self, known_hashes: Sequence[int]) -> None:
-        """Ask the store about many ids at once, so that what `fate_if_seen` and `decide` need of it is in memory."""
-        found = self.store.known_offsets(known_hashes)
-        self._stored |= found
-        self._absent.update(known_hashes)
-        self._absent -= found.keys()
+    def look_up(self, known_hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """The offset at which each id was counted: NOT_KNOWN where it was not, TAKEN_DOWN where it never counts again."""
+        hashes = known_hashes.tolist()
+        counted = self._counted.get
+        firsts = [counted(known, NOT_KNOWN) for known in hashes] if self._counted else [NOT_KNOWN] * len(hashes)
+        if found := self.store.known_offsets(known_hashes):
+            # an id that was out of the window counts again
+            firsts = [
+                found.get(known, NOT_KNOWN) if first < 0 else first for known, first in zip(hashes, firsts, strict=True)
+            ]
+        if self._forgotten:
+            firsts = [
+                TAKEN_DOWN if known in self._forgotten else first for known, first in zip(hashes, firsts, strict=True)
+            ]
+        return np.array(firsts, np.int64)
+
+    def is_known(self, firsts: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """`fate_if_seen` for many at once: whether no image is needed to decide. firsts  what `look_up` said."""
+        seen: NDArray[np.bool_] = (firsts == TAKEN_DOWN) | ((firsts >= 0) & self._in_window(firsts, offsets))
+        if self._cap is None:
+            for at in np.flatnonzero(~seen & (firsts >= 0)).tolist():
+                seen[at] = self._in_reservoir(int(firsts[at]))
+        return seen
+
+    def _in_window(self, firsts: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
+        if self.settings.dedupe_window is None:
+            return np.ones(len(firsts), bool)
+        inside: NDArray[np.bool_] = firsts >= offsets - self.settings.dedupe_window
+        return inside
 
     def fate_if_seen(self, known_hash: int, offset: int) -> Fate | None:
         """DUPLICATE or FORGOTTEN where no image is needed to decide on the id at this offset, else None.
@@ -175,13 +246,9 @@ class Partition:
         """
         if known_hash in self._forgotten:
             return FORGOTTEN
-        first = self._counted.get(known_hash)
+        first = self._first_offset(known_hash)
         if first is None:
-            if known_hash in self._absent:
-                return None
-            first = self._first_offset(known_hash)
-            if first is None:
-                return None
+            return None
         if first >= offset - self._window or (self._cap is None and self._in_reservoir(first)):
             return DUPLICATE
         return None
@@ -215,34 +282,24 @@ class Partition:
         if self._gate is not None and not itm >= self._gate:
             self._tally[BELOW_GATE] += 1
             return _decision((BELOW_GATE, -1, priority, -1, ()))
-        cell = self._cells.get(self.epoch << 32 | cluster)
-        if cell is None or not cell.touched:
-            cell = self._touch(self.epoch, cluster)
+        cells = self._touch(self.epoch, cluster)
+        counts = cells.counts[cluster]
         self._counted[known] = offset
-        position = cell.counted
-        cell.counted = position + 1
-        block = position // self._q
-        if block != cell.block:
-            cell.block = block
-            cell.mask = kept_positions(self.settings.seed, self.epoch, self.partition, cluster, block, self._ratio)
-        if not cell.mask >> position % self._q & 1:
+        position = int(counts[0])
+        counts[0] = position + 1
+        block, place = divmod(position, self._q)
+        if block != cells.block[cluster]:
+            cells.block[cluster] = block
+            cells.kept[cluster] = self._kept_in([(cluster, block)])[0]
+        if not cells.kept[cluster, place]:
             self._tally[OVER_QUOTA] += 1
             return _decision((OVER_QUOTA, position, priority, -1, ()))
-        removed: tuple[str, ...] = ()
-        if cell.heap is not None and self._cap is not None:
-            verdict = offer(cell.heap, mark_of(rank_of(priority, self._ratio), offset), self._cap)
-            if not verdict.admitted:
-                self._tally[OVER_CAP] += 1
-                return _decision((OVER_CAP, position, priority, -1, ()))
-            if verdict.evicted >= 0:
-                removed = (self._leave(verdict.evicted),)
-                cell.evicted += 1
-                cell.size -= 1
-                self._evicted += 1
-            else:
-                self._live_numbers += 1
-        cell.entered += 1
-        cell.size += 1
+        admitted, removed = self._offer(offset, cluster, priority)
+        if not admitted:
+            self._tally[OVER_CAP] += 1
+            return _decision((OVER_CAP, position, priority, -1, ()))
+        counts[1] += 1
+        counts[3] += 1
         codes = vector if isinstance(vector, bytes) else vector.astype("<u2", copy=False).tobytes()
         self._entries[known] = encode_entry(offset, self.epoch, cluster, priority, self._ratio, pair_id.encode(), codes)
         self._hash_at[offset] = known
@@ -283,18 +340,153 @@ class Partition:
         first = self._first_offset(known)
         if first is not None and self._in_reservoir(first):
             head = entry_head(self._entry_at(first)[1])
-            cell = self._touch(head.epoch, head.cluster)
-            cell.size -= 1
-            if cell.heap is not None:
-                marks = sorted(-mark for mark in cell.heap)
+            self._touch(head.epoch, head.cluster).counts[head.cluster, 3] -= 1
+            if self._cap is not None:
+                heap = self._heap(head.epoch, head.cluster)
+                marks = sorted(-mark for mark in heap)
                 marks.remove(mark_of(rank_of(head.priority, head.rate), first))
-                cell.heap = heap_of(marks)
+                heap[:] = heap_of(marks)
                 self._live_numbers -= 1
             removed = (self._leave(first),)
             self._removed += 1
         self._forgotten.add(known)
         self._taken_down[known] = offset
         return _decision((FORGOTTEN, -1, priority, -1, removed))
+
+    def decide_all(self, rows: Rows) -> Decisions:
+        """Decide on a batch of this partition and count it: what the others here say of one row each, in order."""
+        if self._is_plain(rows):
+            return self._decide_columns(rows)
+        return self._decide_one_by_one(rows)
+
+    def _is_plain(self, rows: Rows) -> bool:
+        """Whether no row changes what an earlier one of the batch made known: no takedown, no id that leaves the window."""
+        if not len(rows.offsets) or (rows.kinds == Kind.TAKEDOWN).any():
+            return False
+        window = self.settings.dedupe_window
+        if window is None:
+            return True
+        again = (rows.firsts >= 0) & ((rows.kinds == Kind.PAIR) | (rows.kinds == Kind.UNSEEN))
+        return not again.any() and int(rows.offsets[-1] - rows.offsets[0]) <= window
+
+    def _decide_one_by_one(self, rows: Rows) -> Decisions:
+        decided = Decisions(*_undecided(len(rows.offsets)), [])
+        for known, first in zip(rows.known.tolist(), rows.firsts.tolist(), strict=True):
+            if known not in self._counted and first != TAKEN_DOWN:
+                self._looked_up[known] = None if first == NOT_KNOWN else first
+        both = zip(rows.known.tolist(), rows.priorities.tolist(), strict=True)
+        places = iter(range(len(rows.clusters)))
+        columns = zip(rows.offsets.tolist(), rows.ids, rows.kinds.tolist(), both, strict=True)
+        for row, (offset, pair_id, kind, hashes) in enumerate(columns):
+            if kind == Kind.PAIR:
+                at = next(places)
+                decision = self.decide(
+                    offset, pair_id, int(rows.clusters[at]), float(rows.itms[at]), rows.vectors[at], hashes
+                )
+            elif kind == Kind.TAKEDOWN:
+                decision = self.take_down(offset, pair_id)
+            elif kind == Kind.KNOWN or (kind == Kind.UNSEEN and self.fate_if_seen(hashes[0], offset) is not None):
+                decision = self.duplicate(offset, pair_id, hashes)
+            else:
+                decision = self.dead(offset)
+            decided.fates[row], decided.positions[row] = decision.fate, decision.position
+            decided.duplicate_of[row] = decision.duplicate_of
+            decided.removed.extend((row, gone) for gone in decision.removed)
+        return decided
+
+    def _decide_columns(self, rows: Rows) -> Decisions:
+        """Nothing that a row of the batch may find known can change but by its pairs that count, so columns tell all."""
+        fates, positions, duplicate_of = _undecided(len(rows.offsets))
+        offsets, kinds, firsts = rows.offsets, rows.kinds, rows.firsts
+        fates[kinds == Kind.KNOWN] = DUPLICATE
+        fates[firsts == TAKEN_DOWN] = FORGOTTEN
+        fates[kinds == Kind.DEAD] = DEAD
+        duplicates = fates == DUPLICATE
+        duplicate_of[duplicates] = firsts[duplicates]
+
+        # Of the pairs that pass the gate, the first of each id counts; whatever has that id behind it is a duplicate.
+        pairs = np.flatnonzero(kinds == Kind.PAIR)
+        passing = np.ones(len(pairs), bool) if self._gate is None else rows.itms >= self._gate
+        candidates = pairs[passing]
+        names, first_at = np.unique(rows.known[candidates], return_index=True)
+        counting = candidates[np.sort(first_at)]
+        if len(counting) < len(pairs) or (kinds == Kind.UNSEEN).any():
+            firsts_here = offsets[candidates[first_at]]
+            fates[pairs] = BELOW_GATE
+            for kind, otherwise in ((Kind.PAIR, BELOW_GATE), (Kind.UNSEEN, DEAD)):
+                its = np.flatnonzero(kinds == kind)
+                counted_at = _found(names, firsts_here, rows.known[its])
+                again = (counted_at >= 0) & (counted_at < offsets[its])
+                fates[its] = np.where(again, DUPLICATE, otherwise)
+                duplicate_of[its[again]] = counted_at[again]
+        removed: list[tuple[int, str]] = []
+        if len(counting):
+            its_pair = np.searchsorted(pairs, counting)
+            positions[counting], passed = self._count(rows.clusters[its_pair])
+            self._counted.update(zip(rows.known[counting].tolist(), offsets[counting].tolist(), strict=True))
+            fates[counting] = np.where(passed, KEPT, OVER_QUOTA)
+            removed = self._keep(rows, counting[passed], its_pair[passed], fates)
+        self.next_offset = int(offsets[-1]) + 1
+        self._tally = [
+            before + now
+            for before, now in zip(self._tally, np.bincount(fates, minlength=len(Fate)).tolist(), strict=True)
+        ]
+        return Decisions(fates, positions, duplicate_of, removed)
+
+    def _count(self, clusters: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Counts pairs that lie in these cells of the present epoch: the position of each, and whether its quota takes it."""
+        cells = self._touch(self.epoch, int(clusters.max()))
+        cells.touched[clusters // CELLS_A_RECORD] = True
+        order = np.argsort(clusters, kind="stable")
+        cell = clusters[order]
+        begins = np.flatnonzero(np.diff(cell, prepend=-1))  # of each cell
+        sizes = np.diff(begins, append=len(cell))
+        place = cells.counts[cell, 0] + np.arange(len(cell)) - np.repeat(begins, sizes)
+        cells.counts[cell[begins], 0] += sizes
+
+        block, in_block = place // self._q, place % self._q
+        turns = np.diff(cell, prepend=-1) | np.diff(block, prepend=-1)  # not 0 where a cell or a block begins
+        starts = np.flatnonzero(turns)
+        cell_of, block_of = cell[starts], block[starts]
+        kept = cells.kept[cell_of]
+        new = np.flatnonzero(cells.block[cell_of] != block_of)
+        if len(new):
+            kept[new] = self._kept_in(zip(cell_of[new].tolist(), block_of[new].tolist(), strict=True))
+            # of a cell that is several times among them the last one stays
+            cells.block[cell_of], cells.kept[cell_of] = block_of, kept
+        positions, passed = np.empty(len(cell), np.int64), np.empty(len(cell), bool)
+        positions[order] = place
+        passed[order] = kept[np.cumsum(turns != 0) - 1, in_block]
+        return positions, passed
+
+    def _keep(
+        self, rows: Rows, passed: NDArray[np.int64], its_pair: NDArray[np.int64], fates: NDArray[np.uint8]
+    ) -> list[tuple[int, str]]:
+        """The rows that passed their quota enter the reservoirs, as far as those take them; who had to leave for which."""
+        removed: list[tuple[int, str]] = []
+        clusters = rows.clusters[its_pair]
+        known, offsets = rows.known[passed].tolist(), rows.offsets[passed].tolist()
+        entries = encode_entries(
+            rows.offsets[passed], self.epoch, clusters, rows.priorities[passed], self._ratio,
+            [rows.ids[row].encode() for row in passed.tolist()], rows.vectors[its_pair],
+        )  # fmt: skip
+        if self._cap is None:
+            self._entries.update(zip(known, entries, strict=True))
+            self._hash_at.update(zip(offsets, known, strict=True))
+        else:
+            entered = np.ones(len(passed), bool)
+            columns = zip(offsets, clusters.tolist(), rows.priorities[passed].tolist(), strict=True)
+            for at, (offset, cluster, priority) in enumerate(columns):
+                entered[at], gone = self._offer(offset, cluster, priority)
+                if entered[at]:
+                    self._entries[known[at]], self._hash_at[offset] = entries[at], known[at]
+                removed += [(int(passed[at]), name) for name in gone]
+            fates[passed[~entered]] = OVER_CAP
+            clusters = clusters[entered]
+        counts = self._cells[self.epoch].counts
+        np.add.at(counts[:, 1], clusters, 1)
+        np.add.at(counts[:, 3], clusters, 1)
+        return removed
 
     def skip(self, offset: int) -> None:
         """Go on at `offset`: what lies before it is no longer to be had, and counts as lost."""
@@ -344,7 +536,7 @@ class Partition:
 
     @property
     def live_numbers(self) -> int:
-        """How many numbers the live cells hold, about 60 bytes each: what `live_numbers_max` bounds."""
+        """How many numbers the heaps of live cells hold, about 60 bytes each: what `live_numbers_max` bounds."""
         return self._live_numbers
 
     @property
@@ -365,13 +557,16 @@ class Partition:
             records.append((SETTINGS, self.settings.to_json()))
         records += [(switch_key(switch.epoch), encode_switch(switch)) for switch in self._switched]
         # entries before known ids: see PartitionStore._write
-        records += [(entry_key(known), entry) for known, entry in self._entries.items()]
+        names = np.fromiter(self._entries, np.uint64, len(self._entries)).astype(">u8").view("V8").tolist()
+        records += [(ENTRY + name, entry) for name, entry in zip(names, self._entries.values(), strict=True)]
         if self._counted:
             count = len(self._counted)
             hashes = np.fromiter(self._counted.keys(), np.uint64, count)
             records += encode_known(hashes, np.fromiter(self._counted.values(), np.uint64, count))
         records += [(forgotten_key(known), encode_forgotten(at)) for known, at in self._taken_down.items()]
-        records += [(cell_key(cell.key >> 32, cell.key & 0xFFFFFFFF), cell.encoded()) for cell in self._touched]
+        for epoch, cells in self._cells.items():
+            for first in (np.flatnonzero(cells.touched) * CELLS_A_RECORD).tolist():
+                records.append((cells_key(epoch, first), encode_cells(cells.counts[first : first + CELLS_A_RECORD])))
         records += [(known_key(first), None) for first in self._expired(self.next_offset - self._window)]
         position = Position(self.next_offset, self.epoch, wall_clock_ms, instance, self.totals)
         records.append((POSITION, encode_position(position)))
@@ -387,15 +582,17 @@ class Partition:
             raise ValueError("nothing to commit: ask for the changes first, and write them to Kafka")
         self.store.apply(self._changes, changelog_position)
         self._new_stream = False
-        for cell in self._touched:
-            cell.touched = False
-        self._drop_cells()
+        for cells in self._cells.values():
+            cells.touched[:] = False
+        while self._live_numbers > self._live_numbers_max:
+            self._drop(next(iter(self._heaps)))
         self._begin()
 
     def abort(self) -> None:
         """Forget the open transaction; the next input offset is the committed one again."""
-        for cell in self._touched:
-            self._drop(cell.key)
+        self._cells = {epoch: cells for epoch, cells in self._cells.items() if not cells.touched.any()}
+        for cell in self._touched_heaps:
+            self._drop(cell)
         self._forgotten.difference_update(self._taken_down)
         self._begin()
 
@@ -404,11 +601,11 @@ class Partition:
     def _first_offset(self, known: int) -> int | None:
         """The offset at which an id was counted, if anything still tells."""
         first = self._counted.get(known)
-        if first is not None or known in self._absent:
+        if first is not None:
             return first
-        if known not in self._stored:
-            self.look_up([known])
-        return self._stored.get(known)
+        if known not in self._looked_up:
+            self._looked_up[known] = self.store.known_offset(known)
+        return self._looked_up[known]
 
     def _in_reservoir(self, offset: int) -> bool:
         return offset in self._hash_at or (offset not in self._gone and self.store.entry_at(offset) is not None)
@@ -432,28 +629,47 @@ class Partition:
         self._entries[known] = None
         return decode_entry(entry).pair_id
 
-    def _touch(self, epoch: int, cluster: int) -> _Cell:
-        """The live cell, which this transaction changes."""
-        key = epoch << 32 | cluster
-        cell = self._cells.pop(key, None)
-        if cell is None:
-            counts = self.store.cell(epoch, cluster) or (0, 0, 0, 0)
-            heap = heap_of(self.store.marks(epoch, cluster)) if self._cap is not None else None
-            cell = _Cell(key, *counts, heap)
-            self._live_numbers += _NUMBERS_OF_A_CELL + len(heap or ())
-        self._cells[key] = cell  # at the end: what stands in front was not touched for longest
-        if not cell.touched:
-            cell.touched = True
-            self._touched.append(cell)
-        return cell
+    def _touch(self, epoch: int, cluster: int) -> _Cells:
+        """The cells of an epoch up to this one, which the open transaction changes."""
+        cells = self._cells.get(epoch)
+        if cells is None:
+            cells = self._cells[epoch] = _Cells(self.store.cells_of_epoch(epoch), self._q)
+        cells.reach(cluster)
+        cells.touched[cluster // CELLS_A_RECORD] = True
+        return cells
 
-    def _drop(self, key: int) -> None:
-        cell = self._cells.pop(key)
-        self._live_numbers -= _NUMBERS_OF_A_CELL + len(cell.heap or ())
+    def _kept_in(self, blocks: Iterable[tuple[int, int]]) -> NDArray[np.bool_]:
+        return kept_in_blocks(self.settings.seed, self.epoch, self.partition, blocks, self._ratio)
 
-    def _drop_cells(self) -> None:
-        while self._live_numbers > self._live_numbers_max:
-            self._drop(next(iter(self._cells)))
+    def _offer(self, offset: int, cluster: int, priority: int) -> tuple[bool, tuple[str, ...]]:
+        """Offers a pair to its cell's reservoir: whether it enters, and the id that leaves for it."""
+        if self._cap is None:
+            return True, ()
+        verdict = offer(self._heap(self.epoch, cluster), mark_of(rank_of(priority, self._ratio), offset), self._cap)
+        if not verdict.admitted:
+            return False, ()
+        if verdict.evicted < 0:
+            self._live_numbers += 1
+            return True, ()
+        self._evicted += 1
+        counts = self._cells[self.epoch].counts[cluster]
+        counts[2] += 1
+        counts[3] -= 1
+        return True, (self._leave(verdict.evicted),)
+
+    def _heap(self, epoch: int, cluster: int) -> list[int]:
+        """The heap of a capped cell, which the open transaction changes."""
+        cell = epoch, cluster
+        heap = self._heaps.pop(cell, None)
+        if heap is None:
+            heap = heap_of(self.store.marks(epoch, cluster))
+            self._live_numbers += _NUMBERS_OF_A_HEAP + len(heap)
+        self._heaps[cell] = heap  # at the end: what stands in front was not touched for longest
+        self._touched_heaps.add(cell)
+        return heap
+
+    def _drop(self, cell: tuple[int, int]) -> None:
+        self._live_numbers -= _NUMBERS_OF_A_HEAP + len(self._heaps.pop(cell))
 
     def _expired(self, before: int) -> list[int]:
         """The first offsets of the K records all of whose ids were counted before this offset."""
@@ -469,3 +685,16 @@ class Partition:
                 expired.append(last)
             last = first
         return expired
+
+
+def _undecided(count: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
+    """Columns of fates, positions and offsets of the first, for rows that nothing is said of yet."""
+    return np.full(count, OVER_QUOTA, np.uint8), np.full(count, -1), np.full(count, -1)
+
+
+def _found(names: NDArray[np.uint64], values: NDArray[np.int64], wanted: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """The value of each wanted name, -1 where it is not among the names, which are sorted."""
+    if not len(names):
+        return np.full(len(wanted), -1)
+    at = np.minimum(np.searchsorted(names, wanted), len(names) - 1)
+    return np.where(names[at] == wanted, values[at], -1)

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
 
 _halves = struct.Struct(">QQ").unpack
 
@@ -28,3 +32,14 @@ def hash_id(key: hashlib.blake2b, pair_id: str) -> tuple[int, int]:
     digest = key.copy()
     digest.update(pair_id.encode())
     return _halves(digest.digest())
+
+
+def hash_ids(key: hashlib.blake2b, pair_ids: Iterable[str]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """`hash_id` of many ids: a column of known hashes and one of priorities."""
+    digests = []
+    for pair_id in pair_ids:
+        digest = key.copy()
+        digest.update(pair_id.encode())
+        digests.append(digest.digest())
+    both = np.frombuffer(b"".join(digests), ">u8").astype(np.uint64)
+    return both[::2], both[1::2]

@@ -11,8 +11,12 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
+from collections.abc import Iterable
 from fractions import Fraction
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from state.errors import BadSetting
 
@@ -82,3 +86,21 @@ def kept_positions(seed: int, epoch: int, partition: int, cluster: int, block: i
         return 1 << hashes.index(min(hashes))
     order = sorted(range(q), key=lambda i: stream[8 * i : 8 * i + 8])
     return sum(1 << i for i in order[:p])
+
+
+def kept_in_blocks(
+    seed: int, epoch: int, partition: int, blocks: Iterable[tuple[int, int]], ratio: Ratio
+) -> NDArray[np.bool_]:
+    """`kept_positions` of many blocks at once, (n, q): whether each position is kept.
+
+    blocks  (cluster, block) each
+    """
+    p, q = ratio
+    streams = [
+        hashlib.shake_128(_cell_of_block(seed, epoch, partition, cluster, block)).digest(8 * q)
+        for cluster, block in blocks
+    ]
+    hashes = np.frombuffer(b"".join(streams), ">u8").reshape(-1, q)
+    kept = np.zeros(hashes.shape, bool)
+    np.put_along_axis(kept, np.argsort(hashes, axis=1, kind="stable")[:, :p], True, axis=1)
+    return kept

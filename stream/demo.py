@@ -24,7 +24,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from state.changelog import CELL, POSITION, decode_cell, decode_position
+from state.changelog import CELL, POSITION, cells_of, decode_position
 from stream.broker import REPOSITORY, free_port, local_broker
 from stream.errors import Stopped, TldrError
 from stream.kafka import Connection, create_missing, end_offsets, read_partition
@@ -414,7 +414,7 @@ def _read_changelog(connection: Connection) -> tuple[dict[str, int], dict[str, f
     topic = StreamTopics(TOPIC).changelog
     totals: dict[str, int] = {}
     read_by: dict[str, int] = {}
-    cells: dict[tuple[int, bytes], int] = {}
+    cells: dict[tuple[int, ...], int] = {}
     for p, end in end_offsets(connection, topic, range(PARTITIONS)).items():
         before, last = 0, None
         for messages in read_partition(connection, topic, p, 0, end):
@@ -425,7 +425,7 @@ def _read_changelog(connection: Connection) -> tuple[dict[str, int], dict[str, f
                     read_by[last.instance] = read_by.get(last.instance, 0) + last.totals.read - before
                     before = last.totals.read
                 elif kind == CELL:
-                    cells[p, message.key()] = decode_cell(message.value()).counted
+                    cells |= {(p, *cell): counts.counted for *cell, counts in cells_of(message.key(), message.value())}
         if last is not None:
             for name, value in last.totals._asdict().items():
                 totals[name] = totals.get(name, 0) + value

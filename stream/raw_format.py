@@ -50,7 +50,12 @@ class RawRecord(NamedTuple):
 
 
 class RawReader(Protocol):
-    """Reads the messages of one raw topic; raises UndecodableRecord(reason, detail) for one that is no pair."""
+    """Reads the messages of one raw topic; raises UndecodableRecord(reason, detail) for one that is no pair.
+
+    grows  whether the texts of a pair may be longer than its message's value
+    """
+
+    grows: bool
 
     def read(self, message_key: bytes | None, value: bytes) -> RawRecord: ...
 
@@ -140,6 +145,8 @@ def _refuse_unknown_paths(paths: Mapping[str, str], schema: Schema, file: Path |
 class OwnReader:
     """RawPair records in either framing, written by this version, an older or a newer one."""
 
+    grows = False
+
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
         self._header, self._start = codec.header, len(codec.header)
@@ -179,6 +186,8 @@ def _id_of_key(message_key: bytes | None) -> str:
 class JsonReader:
     """JSON objects in UTF-8. An image is base64 text, a data: URI, or a URI to fetch."""
 
+    grows = True
+
     def __init__(self, paths: Mapping[str, str]) -> None:
         self._paths = paths
 
@@ -192,6 +201,8 @@ class JsonReader:
 
 class AvroReader:
     """Avro that is not ours: an object container, single-object encoding, or plain records of one known schema."""
+
+    grows = True
 
     def __init__(self, paths: Mapping[str, str], schemas: Iterable[Schema], plain: Schema | None) -> None:
         self._paths = paths
@@ -216,6 +227,8 @@ class AvroReader:
 
 class ConfluentReader:
     """Avro in Confluent's wire format: a zero byte, the schema's number in the registry, the record."""
+
+    grows = True
 
     def __init__(self, paths: Mapping[str, str], registry: Registry) -> None:
         self._paths = paths

@@ -1,7 +1,8 @@
 """Raw records of one batch → what must become visible because of them. Decides; writes nothing.
 
 Knows neither how a message is fetched nor how a transaction is committed. A pair's way through this file: read → known? →
-decode → encode → assign → match → decide (quota, reservoir) → caption → refine.
+decode → encode → assign → match → decide (quota, reservoir) → caption → refine. A batch goes that way in columns: what is done
+for each record by itself is most of what the engine costs (docs/tried.md).
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from models.errors import BadImage, Reason
-from models.model import PairModel, Pixels
+from models.model import PairModel, Pixels, Vectors
 from models.refine import refine
-from state.partition import DUPLICATE, FORGOTTEN, KEPT, Decision, Fate, Partition
-from state.priority import hash_id, id_key
+from state.partition import DEAD, DUPLICATE, KEPT, NOT_KNOWN, Kind, Partition, Rows
+from state.priority import hash_ids, id_key
 from stream.avro_by_hand import write_kept_pair
 from stream.dead_letters import DeadLetter
 from stream.raw_format import RawReader, RawRecord
@@ -48,74 +50,101 @@ class Effect(NamedTuple):
     headers: list[tuple[str, bytes]]
 
 
-class CodesRow(NamedTuple):
-    """What became of one input offset. cluster -1: nobody looked at the image."""
-
-    id: str
-    offset: int
-    decision: Decision
-    cluster: int
-    itm: float
+_effect = partial(tuple.__new__, Effect)  # Effect(*fields) without its Python frame
+_TO_COME = Effect(-1, b"", None, [])  # in the place of a kept pair whose caption is not there yet
 
 
-_row = partial(tuple.__new__, CodesRow)  # CodesRow(*row) without its Python frame: one a record
+class CodesRows(NamedTuple):
+    """What became of some input offsets, in their order; n rows. A cluster of -1: nobody looked at the image."""
+
+    ids: list[str]
+    offsets: NDArray[np.int64]
+    fates: NDArray[np.uint8]
+    clusters: NDArray[np.int32]
+    positions: NDArray[np.int64]
+    priorities: NDArray[np.uint64]
+    itms: NDArray[np.float32]
+    duplicate_of: NDArray[np.int64]
+    vectors: Vectors  # of the rows with a cluster
+    removed: list[tuple[int, str]]  # (row that caused it, id that left the reduced set)
 
 
 @dataclass
 class CodesColumns:
-    """The rows of one partition since the last commit; columns are made of them (schemas/PairCodes.avsc) once a commit."""
+    """The rows of one partition since the last commit, as columns (schemas/PairCodes.avsc)."""
 
-    rows: list[CodesRow] = field(default_factory=list)
-    vectors: list[bytes] = field(default_factory=list)  # of the rows with a cluster, in their order
+    batches: list[CodesRows] = field(default_factory=list)
 
     @property
     def offsets(self) -> list[int]:
-        return [row.offset for row in self.rows]
+        return [offset for batch in self.batches for offset in batch.offsets.tolist()]
 
     @property
-    def fates(self) -> list[Fate]:
-        return [row.decision.fate for row in self.rows]
+    def fates(self) -> NDArray[np.uint8]:
+        return np.concatenate([np.empty(0, np.uint8), *(batch.fates for batch in self.batches)])
 
     @property
-    def removed(self) -> list[tuple[str, int]]:
-        """(id that left the reduced set, row that caused it)."""
-        return [(gone, at) for at, row in enumerate(self.rows) for gone in row.decision.removed]
+    def removed(self) -> int:
+        """How many ids left the reduced set."""
+        return sum(len(batch.removed) for batch in self.batches)
 
     def records(self, partition: int, epoch: int, bundle: str, tokens: int, bytes_max: int) -> Iterable[dict[str, Any]]:
         """The columns as PairCodes records of about `bytes_max` bytes each at most (a single row may take more)."""
-        if not self.rows:
+        for batch in self._whole():
+            yield from _codes_records(batch, partition, epoch, bundle, tokens, bytes_max)
+
+    def _whole(self) -> Iterable[CodesRows]:
+        """All batches as one."""
+        if not self.batches:
             return
-        ids, offsets, decisions, cluster_column, itms = zip(*self.rows, strict=True)
-        fate_column, positions, priorities, duplicate_of, removed_by_row = zip(*decisions, strict=True)
-        removed = [(gone, row) for row, its in enumerate(removed_by_row) if its for gone in its]
-        clusters = np.array(cluster_column, "<i4")
-        fates = np.array(fate_column, np.uint8)
-        vectors_before = np.concatenate([[0], np.cumsum(clusters >= 0)])
-        weights = np.array([4 * len(pair_id) for pair_id in ids]) + (clusters >= 0) * 2 * tokens + CODES_ROW_BYTES
-        for gone, row in removed:
-            weights[row] += 4 * len(gone) + 10
-        # The number of whole records' worth of bytes before a row says which record it belongs to.
-        part = (np.cumsum(weights) - weights) // bytes_max
-        starts = np.flatnonzero(np.diff(part, prepend=-1)).tolist()
-        for start, end in pairwise([*starts, len(ids)]):
-            rows = slice(start, end)
-            duplicates = np.array(duplicate_of[rows], "<i8")[fates[rows] == Fate.DUPLICATE]
-            yield {
-                "partition": partition,
-                "epoch": epoch,
-                "bundle": bundle,
-                "tokens": tokens,
-                "ids": ids[rows],
-                "offsets": np.array(offsets[rows], "<i8").tobytes(),
-                "fates": fates[rows].tobytes(),
-                "clusters": clusters[rows].tobytes(),
-                "positions": np.array(positions[rows], "<i8").tobytes(),
-                "priorities": np.array(priorities[rows], "<u8").tobytes(),
-                "itms": np.array(itms[rows], "<f4").tobytes(),
-                "vectors": b"".join(self.vectors[vectors_before[start] : vectors_before[end]]),
-                "duplicate_of": duplicates.tobytes(),
-                "removed": [{"id": gone, "row": row - start} for gone, row in removed if start <= row < end],
-            }
+        ids, offsets, fates, clusters, positions, priorities, itms, duplicate_of, vectors, removed = zip(
+            *self.batches, strict=True
+        )
+        before = np.cumsum([0, *map(len, ids)]).tolist()
+        yield CodesRows(
+            [pair_id for its in ids for pair_id in its],
+            np.concatenate(offsets),
+            np.concatenate(fates),
+            np.concatenate(clusters),
+            np.concatenate(positions),
+            np.concatenate(priorities),
+            np.concatenate(itms),
+            np.concatenate(duplicate_of),
+            np.concatenate(vectors),
+            [(start + row, gone) for start, its in zip(before, removed, strict=False) for row, gone in its],
+        )
+
+
+def _codes_records(
+    rows: CodesRows, partition: int, epoch: int, bundle: str, tokens: int, bytes_max: int
+) -> Iterable[dict[str, Any]]:
+    looked_at = rows.clusters >= 0
+    vectors_before = np.concatenate([[0], np.cumsum(looked_at)])
+    weights = 4 * np.fromiter(map(len, rows.ids), np.int64, len(rows.ids)) + looked_at * 2 * tokens + CODES_ROW_BYTES
+    for row, gone in rows.removed:
+        weights[row] += 4 * len(gone) + 10
+    # The number of whole records' worth of bytes before a row says which record it belongs to.
+    part = (np.cumsum(weights) - weights) // bytes_max
+    starts = np.flatnonzero(np.diff(part, prepend=-1)).tolist()
+    for start, end in pairwise([*starts, len(rows.ids)]):
+        its = slice(start, end)
+        duplicates = rows.duplicate_of[its][rows.fates[its] == DUPLICATE]
+        yield {
+            "partition": partition,
+            "epoch": epoch,
+            "bundle": bundle,
+            "tokens": tokens,
+            "ids": rows.ids[its],
+            "offsets": rows.offsets[its].astype("<i8").tobytes(),
+            "fates": rows.fates[its].tobytes(),
+            "clusters": rows.clusters[its].astype("<i4").tobytes(),
+            "positions": rows.positions[its].astype("<i8").tobytes(),
+            "priorities": rows.priorities[its].astype("<u8").tobytes(),
+            "itms": rows.itms[its].astype("<f4").tobytes(),
+            "vectors": rows.vectors[vectors_before[start] : vectors_before[end]].astype("<u2", copy=False).tobytes(),
+            "duplicate_of": duplicates.astype("<i8").tobytes(),
+            "removed": [{"id": gone, "row": row - start} for row, gone in rows.removed if start <= row < end],
+        }
 
 
 @dataclass
@@ -157,39 +186,31 @@ class Reduction:
     caption_tokens: int | None = None  # words of a refined caption that a trainer reads, None: all
 
 
-class _Seen(NamedTuple):
-    """An image that was looked at: its pixels for the encoder, and its bytes for the kept pair."""
+@dataclass
+class _Batch:
+    """The raw records of a batch, a column for each thing that is known of them.
 
-    pixels: Pixels
-    image: bytes
+    raws      what a record says, None for takedowns and for what cannot be read
+    ids       "" where there is none; known, priorities  the halves of their hashes
+    kinds     state.partition.Kind
+    troubles  row → why it is dead
+    """
 
+    messages: list[Message]
+    numbers: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    raws: list[RawRecord | None]
+    ids: list[str]
+    kinds: NDArray[np.uint8]
+    troubles: dict[int, BadImage | UndecodableRecord]
+    known: NDArray[np.uint64]
+    priorities: NDArray[np.uint64]
 
-class _Step(NamedTuple):
-    """A raw record on its way: what it says, its id's hashes, or why it is dead. A takedown has neither."""
-
-    message: Message
-    partition: int
-    offset: int
-    raw: RawRecord | None
-    hashes: tuple[int, int]
-    trouble: BadImage | UndecodableRecord | None
-
-
-_step = partial(tuple.__new__, _Step)
-
-
-class _Told(NamedTuple):
-    """What the model said of a kept pair."""
-
-    cluster: int
-    itm: float
-    vector: bytes
-    generated: str
-    refined: str
-    itm_refined: float
-
-
-NO_HASHES = (0, 0)
+    def raw(self, row: int) -> RawRecord:
+        raw = self.raws[row]
+        if raw is None:
+            raise ValueError("a dead letter or a takedown has no pair")
+        return raw
 
 
 class Cancelled(Exception):
@@ -220,124 +241,212 @@ def reduce_batch(
         if given_up():
             raise Cancelled
 
-    steps = _read(messages, partitions, using)
-    asked: dict[int, list[int]] = {number: [] for number in partitions}
-    for step in steps:
-        if step.raw is not None:
-            asked[step.partition].append(step.hashes[0])
-    for number, hashes_of_ids in asked.items():
-        partitions[number].look_up(hashes_of_ids)
+    batch = _read(messages, partitions, using)
+    rows_of = {number: np.flatnonzero(batch.numbers == number) for number in np.unique(batch.numbers).tolist()}
     # An id that is known already needs no image; the rest is decoded by all cores and encoded in fixed batches.
-    fate_if_seen = {number: partition.fate_if_seen for number, partition in partitions.items()}
-    wanted = [
-        i
-        for i, step in enumerate(steps)
-        if step.raw is not None and fate_if_seen[step.partition](step.hashes[0], step.offset) is None
-    ]
+    firsts = np.full(len(batch.messages), NOT_KNOWN)
+    for number, rows in rows_of.items():
+        pairs = rows[batch.kinds[rows] == Kind.PAIR]
+        firsts[pairs] = partitions[number].look_up(batch.known[pairs])
+        known = partitions[number].is_known(firsts[pairs], batch.offsets[pairs])
+        batch.kinds[pairs[known]] = Kind.KNOWN
     lap("read")
-    looked_at = _look_at_all(wanted, steps, using)
+    images, pixels = _look_at_all(np.flatnonzero(batch.kinds == Kind.PAIR).tolist(), batch, using)
     lap("decode")
 
-    seen = {i: found for i, found in looked_at.items() if isinstance(found, _Seen)}
-    row_of = {i: row for row, i in enumerate(seen)}
-    vectors = using.model.encode([found.pixels for found in seen.values()])
-    clusters = using.model.assign(vectors).tolist()
+    vectors = using.model.encode(pixels)
+    clusters = using.model.assign(vectors)
     lap("encode")
-    itms = using.model.match(vectors, [_raw(steps[i]).caption for i in seen]).tolist()
-    out.images += len(seen)
-    out.itm_raw += itms
+    pairs = np.flatnonzero(batch.kinds == Kind.PAIR)
+    itms = using.model.match(vectors, [batch.raw(row).caption for row in pairs.tolist()])
+    out.images += len(pairs)
+    out.itm_raw += itms.tolist()
     lap("match")
 
-    to_keep: list[tuple[int, int, Decision, int]] = []  # step, row, decision, place in out.kept
-    codes_of = {number: out.codes.setdefault(number, CodesColumns()) for number in {step.partition for step in steps}}
-    out.records += len(steps)
-    row_bytes = vectors.shape[1] * 2
-    all_vectors = vectors.astype("<u2", copy=False).tobytes()
-    for i, (message, number, offset, raw, hashes, trouble) in enumerate(steps):
-        partition, codes = partitions[number], codes_of[number]
-        row = row_of.get(i, -1)
-        if row >= 0 and raw is not None:
-            vector = all_vectors[row * row_bytes : (row + 1) * row_bytes]
-            decision = partition.decide(offset, raw.id, clusters[row], itms[row], vector, hashes)
-            pair_id = raw.id
-        else:
-            if row < 0 and i in looked_at and _unseen(steps[i], partitions):
-                found = looked_at[i]
-                trouble = found if isinstance(found, BadImage) else None
-            if trouble is not None:
-                partition.dead(offset)
-                out.dead.append(DeadLetter(message, trouble.reason, trouble.detail))
-                out.value_bytes += len(message.value() or b"")
-                continue
-            if raw is None:
-                pair_id = (message.key() or b"").decode("utf-8", "replace")
-                decision = partition.take_down(offset, pair_id)
-            else:
-                pair_id = raw.id
-                decision = partition.duplicate(offset, pair_id, hashes)
-        became = decision.fate
-        if became is DUPLICATE or became is FORGOTTEN:  # the image was not needed
-            codes.rows.append(_row((pair_id, offset, decision, NO_CLUSTER, np.nan)))
-        else:
-            codes.rows.append(_row((pair_id, offset, decision, clusters[row], itms[row])))
-            codes.vectors.append(vector)
-        if became is KEPT:
-            # Its record needs the caption, which is generated for the whole batch below; the order is settled here.
-            to_keep.append((i, row, decision, len(out.kept)))
-            out.kept.append(Effect(number, b"", None, []))
-        if decision.removed:
-            for gone in decision.removed:
-                out.kept.append(Effect(number, gone.encode(), None, [("cause", b"%d" % offset)]))
+    kept = _Kept([], [], [], [], [])
+    out.records += len(batch.messages)
+    for number, rows in rows_of.items():
+        _decide(batch, rows, firsts, number, partitions[number], (pairs, clusters, itms, vectors), out, kept)
     lap("decide")
 
-    if to_keep:
-        rows = [row for _, row, _, _ in to_keep]
-        generated = using.model.caption(vectors[rows])
-        captions = [
-            refine(_raw(steps[i]).caption, text, using.joiner, using.caption_tokens)
-            for (i, *_), text in zip(to_keep, generated, strict=True)
-        ]
-        refined_itms = using.model.match(vectors[rows], captions).tolist()
-        for at, (i, row, decision, place) in enumerate(to_keep):
-            image, vector = seen[i].image, all_vectors[row * row_bytes : (row + 1) * row_bytes]
-            told = _Told(clusters[row], itms[row], vector, generated[at], captions[at], refined_itms[at])
-            out.kept[place] = _kept_effect(steps[i], image, decision, told, partitions[steps[i].partition], using)
-            out.value_bytes += len(image)
-        out.captions += len(rows)
-        out.itm_refined += refined_itms
+    if kept.rows:
+        _caption(batch, kept, images, (clusters, itms, vectors), partitions, using, out)
         lap("caption")
 
 
-def _read(messages: Sequence[Message], partitions: dict[int, Partition], using: Reduction) -> list[_Step]:
-    key, read, kept_bytes_max = id_key(using.seed), using.reader.read, using.kept_bytes_max
+class _Kept(NamedTuple):
+    """The pairs that are kept, a column for each thing that is known of them.
+
+    Their records need captions, which are generated for the whole batch; their places among the effects are settled before.
+    """
+
+    rows: list[int]
+    pairs: list[int]  # number among those whose image was looked at
+    numbers: list[int]  # of the partition
+    positions: list[int]
+    places: list[int]  # in Effects.kept
+
+
+def _read(messages: Sequence[Message], partitions: dict[int, Partition], using: Reduction) -> _Batch:
+    read, grows, kept_bytes_max = using.reader.read, using.reader.grows, using.kept_bytes_max
+    # What is no larger can always be kept: see `_refuse_what_cannot_be_kept`, where a byte counts eight times at most.
+    small = (kept_bytes_max - KEPT_OVERHEAD_BYTES) // 8
     first_wanted = {number: partition.next_offset or 0 for number, partition in partitions.items()}
-    steps: list[_Step] = []
+    wanted: list[Message] = []
+    numbers: list[int] = []
+    offsets: list[int] = []
+    raws: list[RawRecord | None] = []
+    ids: list[str] = []
+    takedowns: list[int] = []
+    troubles: dict[int, BadImage | UndecodableRecord] = {}
     for message in messages:
         number, offset = message.partition(), message.offset()
         if offset < first_wanted.get(number, NEVER):
             continue
-        value = message.value()
-        if value is None:
-            nobody = None if message.key() else UndecodableRecord(Reason.NO_ID, "neither a key nor a value")
-            steps.append(_step((message, number, offset, None, NO_HASHES, nobody)))
-            continue
+        raw, pair_id, value = None, "", message.value()
         try:
-            raw = read(message.key(), value)
-            _refuse_what_cannot_be_kept(raw, kept_bytes_max)
-            steps.append(_step((message, number, offset, raw, hash_id(key, raw.id), None)))
+            if value is None:
+                key = message.key()
+                if not key:
+                    raise UndecodableRecord(Reason.NO_ID, "neither a key nor a value")
+                pair_id = key.decode("utf-8", "replace")
+                takedowns.append(len(wanted))
+            else:
+                raw = read(message.key(), value)
+                pair_id = raw.id
+                if grows or len(value) > small or 4 * len(pair_id) > ID_BYTES_MAX:
+                    _refuse_what_cannot_be_kept(raw, kept_bytes_max)
         except UndecodableRecord as error:
-            steps.append(_step((message, number, offset, None, NO_HASHES, error)))
-    return steps
+            raw, pair_id = None, ""
+            troubles[len(wanted)] = error
+        wanted.append(message)
+        numbers.append(number)
+        offsets.append(offset)
+        raws.append(raw)
+        ids.append(pair_id)
+    kinds = np.full(len(wanted), Kind.PAIR, np.uint8)
+    kinds[takedowns] = Kind.TAKEDOWN
+    kinds[list(troubles)] = Kind.DEAD
+    known, priorities = hash_ids(id_key(using.seed), ids)
+    return _Batch(
+        wanted, np.array(numbers, np.int64), np.array(offsets, np.int64), raws, ids, kinds, troubles, known, priorities
+    )
 
 
-def _unseen(step: _Step, partitions: dict[int, Partition]) -> bool:
-    return partitions[step.partition].fate_if_seen(step.hashes[0], step.offset) is None
+def _decide(
+    batch: _Batch,
+    rows: NDArray[np.int64],
+    firsts: NDArray[np.int64],
+    number: int,
+    partition: Partition,
+    seen: tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32], Vectors],
+    out: Effects,
+    kept: _Kept,
+) -> None:
+    """Decides on the rows of one partition, and adds what follows from it to `out` and to `kept`.
+
+    seen  of the pairs whose image was looked at: the row, cluster, ITM and index vector of each
+    """
+    pairs, clusters, itms, vectors = seen
+    here = np.flatnonzero(batch.numbers[pairs] == number)
+    fates, positions, duplicate_of, removed = partition.decide_all(
+        Rows(
+            batch.offsets[rows], [batch.ids[row] for row in rows.tolist()], batch.kinds[rows], firsts[rows], batch.known[rows],
+            batch.priorities[rows], clusters[here], itms[here], vectors[here],
+        )
+    )  # fmt: skip
+    for row in rows[fates == DEAD].tolist():
+        trouble, message = batch.troubles[row], batch.messages[row]
+        out.dead.append(DeadLetter(message, trouble.reason, trouble.detail))
+        out.value_bytes += len(message.value() or b"")
+
+    # What the model said of a duplicate's image does not count.
+    needed = np.flatnonzero(fates[np.searchsorted(rows, pairs[here])] < DUPLICATE)
+    its_row = np.searchsorted(rows, pairs[here[needed]])
+    row_clusters, row_itms = np.full(len(rows), NO_CLUSTER, np.int32), np.full(len(rows), np.nan, np.float32)
+    row_clusters[its_row], row_itms[its_row] = clusters[here[needed]], itms[here[needed]]
+    alive = np.flatnonzero(fates != DEAD)
+    codes = out.codes.setdefault(number, CodesColumns())
+    if len(alive):
+        place = np.cumsum(fates != DEAD) - 1
+        codes.batches.append(
+            CodesRows(
+                [batch.ids[row] for row in rows[alive].tolist()], batch.offsets[rows[alive]], fates[alive],
+                row_clusters[alive], positions[alive], batch.priorities[rows[alive]], row_itms[alive], duplicate_of[alive],
+                vectors[here[needed]], [(int(place[row]), gone) for row, gone in removed],
+            )
+        )  # fmt: skip
+    came = np.flatnonzero(fates == KEPT)
+    kept.rows.extend(rows[came].tolist())
+    kept.pairs.extend(here[needed[np.searchsorted(its_row, came)]].tolist())
+    kept.numbers.extend([number] * len(came))
+    kept.positions.extend(positions[came].tolist())
+    if not removed:
+        kept.places.extend(range(len(out.kept), len(out.kept) + len(came)))
+        out.kept.extend([_TO_COME] * len(came))
+        return
+    left: dict[int, list[str]] = {}
+    for row, gone in removed:
+        left.setdefault(row, []).append(gone)
+    coming = set(came.tolist())
+    for row in sorted(coming | left.keys()):
+        if row in coming:
+            kept.places.append(len(out.kept))
+            out.kept.append(_TO_COME)
+        for gone in left.get(row, ()):
+            out.kept.append(Effect(number, gone.encode(), None, [("cause", b"%d" % batch.offsets[rows[row]])]))
 
 
-def _raw(step: _Step) -> RawRecord:
-    if step.raw is None:
-        raise ValueError("a dead letter or a takedown has no pair")
-    return step.raw
+def _caption(
+    batch: _Batch,
+    kept: _Kept,
+    images: dict[int, bytes],
+    seen: tuple[NDArray[np.int32], NDArray[np.float32], Vectors],
+    partitions: dict[int, Partition],
+    using: Reduction,
+    out: Effects,
+) -> None:
+    """Generates the captions of the kept pairs, and puts their records where they belong in `out`.
+
+    seen  of the pairs whose image was looked at: cluster, ITM and index vector of each
+    """
+    vectors = seen[2][kept.pairs]
+    originals = [batch.raw(row).caption for row in kept.rows]
+    generated = using.model.caption(vectors)
+    refined = [
+        refine(original, text, using.joiner, using.caption_tokens)
+        for original, text in zip(originals, generated, strict=True)
+    ]
+    refined_itms = using.model.match(vectors, refined).tolist()
+    out.captions += len(refined)
+    out.itm_refined += refined_itms
+    codes, width = vectors.astype("<u2", copy=False).tobytes(), 2 * vectors.shape[1]
+    header, rate, rate_bytes, topic = using.kept_codec.header, using.rate, using.rate.encode(), using.topic
+    columns = zip(
+        kept.rows, kept.numbers, kept.positions, kept.places, seen[0][kept.pairs].tolist(), seen[1][kept.pairs].tolist(),
+        generated, refined,
+        refined_itms, batch.offsets[kept.rows].tolist(), batch.priorities[kept.rows].tolist(),
+        strict=True,
+    )  # fmt: skip
+    for at, (row, number, position, place, cluster, itm, text, whole, itm_refined, offset, priority) in enumerate(
+        columns
+    ):
+        raw, partition, image = batch.raw(row), partitions[number], images[row]
+        epoch = partition.epoch
+        value = header + write_kept_pair(
+            raw.id, image, raw.caption, text, whole, epoch, cluster, position, codes[at * width : (at + 1) * width],
+            partition.bundle or "", priority.to_bytes(8, "little"), rate, itm, itm_refined, topic, number, offset,
+            batch.messages[row].timestamp()[1], raw.image_uri, raw.fields,
+        )  # fmt: skip
+        headers = [
+            ("cause", b"%d" % offset),
+            ("epoch", b"%d" % epoch),
+            ("cluster", b"%d" % cluster),
+            ("priority", b"%d" % priority),
+            ("rate", rate_bytes),
+        ]
+        out.kept[place] = _effect((number, raw.id.encode(), value, headers))
+        out.value_bytes += len(image)
 
 
 def _refuse_what_cannot_be_kept(raw: RawRecord, kept_bytes_max: int) -> None:
@@ -359,22 +468,38 @@ def _refuse_what_cannot_be_kept(raw: RawRecord, kept_bytes_max: int) -> None:
         )
 
 
-def _look_at_all(wanted: list[int], steps: list[_Step], using: Reduction) -> dict[int, _Seen | BadImage]:
-    """What the images of the steps `wanted` look like, in that order; each thread takes one share of them."""
+def _look_at_all(wanted: list[int], batch: _Batch, using: Reduction) -> tuple[dict[int, bytes], list[Pixels]]:
+    """The image bytes of the rows `wanted` (in that order), and what the encoder sees of each; each thread takes one share.
+
+    A row whose image cannot be had or decoded becomes UNSEEN.
+    """
     if using.threads == 1:
-        return {i: _look_at(steps[i].raw, using) for i in wanted}
-    shares = [wanted[first :: using.threads] for first in range(using.threads)]
-    done = using.pool.map(lambda share: [(i, _look_at(steps[i].raw, using)) for i in share], shares)
-    found = {i: seen for share in done for i, seen in share}
-    return {i: found[i] for i in wanted}
+        looked_at = [_look_at(batch.raws[row], using) for row in wanted]
+    else:
+        shares = [wanted[first :: using.threads] for first in range(using.threads)]
+        done = using.pool.map(lambda share: [_look_at(batch.raws[row], using) for row in share], shares)
+        found = {
+            row: seen for share, its in zip(shares, done, strict=True) for row, seen in zip(share, its, strict=True)
+        }
+        looked_at = [found[row] for row in wanted]
+    images: dict[int, bytes] = {}
+    pixels: list[Pixels] = []
+    for row, seen in zip(wanted, looked_at, strict=True):
+        if isinstance(seen, BadImage):
+            batch.kinds[row] = Kind.UNSEEN
+            batch.troubles[row] = seen
+        else:
+            images[row] = seen[0]
+            pixels.append(seen[1])
+    return images, pixels
 
 
-def _look_at(raw: RawRecord | None, using: Reduction) -> _Seen | BadImage:
+def _look_at(raw: RawRecord | None, using: Reduction) -> tuple[bytes, Pixels] | BadImage:
     if raw is None:
         raise ValueError("only a pair has an image")
     try:
         image = raw.image if raw.image is not None else _fetched(raw, using)
-        return _Seen(using.model.decode(image), image)
+        return image, using.model.decode(image)
     except BadImage as error:
         return error
 
@@ -388,23 +513,3 @@ def _fetched(raw: RawRecord, using: Reduction) -> bytes:
     if len(image) + 2 * len(raw.caption.encode()) + KEPT_OVERHEAD_BYTES > using.kept_bytes_max:
         raise BadImage(Reason.TOO_LARGE, f"its kept form may not fit {using.kept_bytes_max} bytes")
     return image
-
-
-def _kept_effect(
-    step: _Step, image: bytes, decision: Decision, told: _Told, partition: Partition, using: Reduction
-) -> Effect:
-    raw, offset, priority = _raw(step), step.offset, decision.priority
-    cluster, itm, vector, generated, refined, itm_refined = told
-    value = using.kept_codec.header + write_kept_pair(
-        raw.id, image, raw.caption, generated, refined, partition.epoch, cluster, decision.position, vector,
-        partition.bundle or "", priority.to_bytes(8, "little"), using.rate, itm, itm_refined, using.topic, step.partition,
-        offset, step.message.timestamp()[1], raw.image_uri, raw.fields,
-    )  # fmt: skip
-    headers = [
-        ("cause", b"%d" % offset),
-        ("epoch", b"%d" % partition.epoch),
-        ("cluster", b"%d" % cluster),
-        ("priority", b"%d" % priority),
-        ("rate", using.rate.encode()),
-    ]
-    return Effect(step.partition, raw.id.encode(), value, headers)

@@ -26,10 +26,9 @@ from state.changelog import (
     Position,
     Switch,
     Totals,
-    decode_cell,
+    cells_of,
     decode_position,
     decode_switch,
-    number_of,
 )
 from state.partition import Fate
 from state.quota import Ratio
@@ -254,7 +253,7 @@ class ChangelogFollower:
             switch = decode_switch(value)
             view.switches[switch.epoch] = switch
         elif kind == CELL and value is not None:
-            view.cells[number_of(key) >> 32, number_of(key) & 0xFFFFFFFF] = decode_cell(value)
+            view.cells |= {(epoch, cluster): counts for epoch, cluster, counts in cells_of(key, value)}
         elif kind == SETTINGS and value is not None:
             self._settings = StreamSettings.from_json(value)
         elif on_record is not None:

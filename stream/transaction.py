@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 
 from state.partition import Partition
+from stream.avro_by_hand import write_pair_codes
 from stream.broker_errors import Course, course_of, kafka_error_of
 from stream.dead_letters import headers_of
 from stream.errors import Fenced, Stopped
@@ -98,7 +99,7 @@ def _records(
     for p, columns in effects.codes.items():
         state = partitions[p]
         for record in columns.records(p, state.epoch, state.bundle or "", state.settings.tokens, CODES_RECORD_BYTES):
-            yield (topics.codes, outlet.codes_codec.encode(record), None, p), {}
+            yield (topics.codes, outlet.codes_codec.header + write_pair_codes(record), None, p), {}
     for letter in effects.dead:
         message = letter.message
         dead = topics.dead, message.value(), message.key(), message.partition()

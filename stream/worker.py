@@ -11,7 +11,6 @@ import json
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import numpy as np
 from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
 
 from state.changelog import Totals
+from state.partition import Fate
 from stream.allocator import give_back
 from stream.assignment import Assignment, Restore
 from stream.broker_errors import says_fenced
@@ -367,9 +367,10 @@ class Worker:
     def _count(self, effects: Effects) -> None:
         metrics = self.metrics
         for codes in effects.codes.values():
-            for fate, count in Counter(codes.fates).items():
-                metrics.fates.labels(fate.name.lower()).inc(count)
-            metrics.removed.inc(len(codes.removed))
+            for fate, count in zip(Fate, np.bincount(codes.fates, minlength=len(Fate)).tolist(), strict=True):
+                if count:
+                    metrics.fates.labels(fate.name.lower()).inc(count)
+            metrics.removed.inc(codes.removed)
         metrics.fates.labels("dead").inc(len(effects.dead))
         for letter in effects.dead:
             metrics.dead_letters.labels(letter.reason).inc()

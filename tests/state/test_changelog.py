@@ -49,10 +49,18 @@ def test_known_ids_are_read_as_written_however_far_apart(counted: list[tuple[int
     assert sorted(key for key, _ in records) == [key for key, _ in records]
 
 
-@given(u64, u64, u64, u64)
-def test_a_cell_is_read_as_written(counted: int, entered: int, evicted: int, size: int) -> None:
-    value = changelog.encode_cell(counted, entered, evicted, size)
-    assert changelog.decode_cell(value) == CellCounts(counted, entered, evicted, size)
+@given(st.lists(st.tuples(*[st.integers(0, 2**62)] * 4), max_size=changelog.CELLS_A_RECORD), st.integers(0, 100))
+def test_cells_are_read_as_written(cells: list[tuple[int, int, int, int]], record: int) -> None:
+    first = record * changelog.CELLS_A_RECORD
+    key = changelog.cells_key(3, first + 63)
+
+    value = changelog.encode_cells(np.array(cells, np.int64).reshape(-1, 4))
+
+    read = {(epoch, cluster): counts for epoch, cluster, counts in changelog.cells_of(key, value)}
+    assert read == {(3, first + at): CellCounts(*cell) for at, cell in enumerate(cells) if cell[0]}
+    assert changelog.decode_cells(value).tolist() == [
+        list(cell) for cell in cells[: len(changelog.decode_cells(value))]
+    ]
 
 
 def test_positions_switches_takedowns_and_settings_are_read_as_written() -> None:
@@ -75,7 +83,7 @@ def test_keys_sort_by_their_numbers() -> None:
 def test_a_strange_value_is_refused_in_one_line(value: bytes) -> None:
     readers = (
         changelog.decode_entry,
-        changelog.decode_cell,
+        changelog.decode_cells,
         changelog.decode_position,
         changelog.decode_switch,
         changelog.decode_forgotten,

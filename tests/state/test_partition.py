@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,9 @@ from hypothesis import strategies as st
 
 from state.changelog import Record, decode_entry, decode_forgotten, forgotten_key
 from state.errors import SettingsDiffer
-from state.partition import Decision, Fate, Partition
+from state.partition import Decision, Fate, Kind, Partition, Rows
 from state.partition_store import PartitionStore
-from state.priority import hash_id, id_key
+from state.priority import hash_id, hash_ids, id_key
 from state.quota import Ratio, kept_positions
 from state.settings import StreamSettings
 from stream.batch_tldr import Kept, Outcome, Row, reduce_partition
@@ -55,6 +56,7 @@ class Life:
     folder: Path
     bundles: dict[int, str] = field(default_factory=lambda: {0: "bundle-0"})  # row number → bundle adopted before it
     live_numbers_max: int = 10_000
+    in_columns: bool = False  # whether rows are decided on together
     log: list[tuple[int, Record]] = field(default_factory=list)
     decisions: dict[int, Decision] = field(default_factory=dict)  # committed ones, by offset
     stores: int = 0
@@ -86,13 +88,53 @@ class Life:
         """Some rows as a worker does it: first it asks which need no image, then it decides, in order."""
         start = self.done
         batch = self.rows[start : start + count]
+        if self.in_columns:
+            cuts = sorted({0, len(batch), *(at - start for at in self.bundles if start <= at < start + len(batch))})
+            for begin, end in pairwise(cuts):
+                self.adopt(start + begin)
+                self.decide_together(batch[begin:end])
+            return
         key = id_key(self.stream.seed)
         ask = self.partition.fate_if_seen
         seen = {row.offset for row in batch if ask(hash_id(key, row.id)[0], row.offset) is not None}
         for number, row in enumerate(batch, start):
-            if number in self.bundles:
-                self.partition.adopt(self.bundles[number], self.stream.space, row.offset)
+            self.adopt(number)
             self.open_decisions[row.offset] = self.decide(row, row.offset in seen)
+
+    def adopt(self, number: int) -> None:
+        if number in self.bundles:
+            self.partition.adopt(self.bundles[number], self.stream.space, self.rows[number].offset)
+
+    def decide_together(self, batch: list[Row]) -> None:
+        known, priorities = hash_ids(id_key(self.stream.seed), [row.id for row in batch])
+        offsets = np.array([row.offset for row in batch])
+        firsts = self.partition.look_up(known)
+        kinds = np.array(
+            [
+                Kind.TAKEDOWN if row.cluster is None else Kind.UNSEEN if row.cluster == DEAD else Kind.PAIR
+                for row in batch
+            ],
+            np.uint8,
+        )
+        kinds[(kinds != Kind.TAKEDOWN) & self.partition.is_known(firsts, offsets)] = Kind.KNOWN
+        pairs = [row for row, kind in zip(batch, kinds, strict=True) if kind == Kind.PAIR]
+        vectors = [np.full(self.stream.tokens, row.offset % 65536) for row in pairs]
+        rows = Rows(
+            offsets,
+            [row.id for row in batch],
+            kinds,
+            firsts,
+            known,
+            priorities,
+            np.array([row.cluster for row in pairs], np.int32),
+            np.array([row.itm for row in pairs], np.float32),
+            np.array(vectors, np.uint16).reshape(-1, self.stream.tokens),
+        )
+        fates, positions, duplicate_of, removed = self.partition.decide_all(rows)
+        for at, row in enumerate(batch):
+            gone = tuple(name for its, name in removed if its == at)
+            numbers = int(positions[at]), int(priorities[at]), int(duplicate_of[at])
+            self.open_decisions[row.offset] = Decision(Fate(fates[at]), *numbers, gone)
 
     def decide(self, row: Row, seen: bool) -> Decision:
         if row.cluster is None:
@@ -218,7 +260,9 @@ streams = st.builds(
 
 
 @settings(max_examples=400, deadline=None)
-@given(inputs(), streams, steps, st.lists(st.integers(1, 59), max_size=2), st.sampled_from([0, 30, 10_000]))
+@given(
+    inputs(), streams, steps, st.lists(st.integers(1, 59), max_size=2), st.sampled_from([0, 30, 10_000]), st.booleans()
+)
 @example(
     # counted at 0 and known by the reservoir alone at 4, when its K record has expired
     [Row(0, "a", 0), Row(1, "b", 0), Row(2, "c", 1), Row(4, "a", 0), Row(5, "b", 0), Row(6, "a", 0)],
@@ -226,14 +270,20 @@ streams = st.builds(
     [(1, "commit"), (1, "commit"), (1, "commit"), (1, "compact_and_drop_tombstones"), (1, "commit")],
     [],
     10_000,
+    False,
 )
 def test_any_split_abort_crash_and_restore_gives_the_batch_references_set(
-    rows: list[Row], stream: StreamSettings, script: list[tuple[int, str]], switches: list[int], live: int
+    rows: list[Row],
+    stream: StreamSettings,
+    script: list[tuple[int, str]],
+    switches: list[int],
+    live: int,
+    in_columns: bool,
 ) -> None:
     with scratch() as folder:
         # given
         bundles = {0: "bundle-0"} | {at: f"bundle-{number}" for number, at in enumerate(sorted(set(switches)), 1)}
-        life = Life(rows, stream, Path(folder), bundles, live)
+        life = Life(rows, stream, Path(folder), bundles, live, in_columns)
 
         # when
         for count, ending in script:
@@ -415,10 +465,9 @@ def test_a_takedown_makes_room_in_a_full_cell(tmp_path: Path) -> None:
         assert (into_the_full.fate, into_the_full.removed) == (Fate.KEPT, (order[3],))
 
 
-@pytest.mark.parametrize("cap", [None, 2])
-def test_live_cells_stay_within_their_bound_and_the_last_touched_stay(tmp_path: Path, cap: int | None) -> None:
+def test_the_heaps_of_live_cells_stay_within_their_bound_and_the_last_touched_stay(tmp_path: Path) -> None:
     with PartitionStore(tmp_path) as store:
-        partition = Partition(store, replace(STREAM, ratio=Ratio(1, 1), cell_cap=cap), 0, live_numbers_max=100)
+        partition = Partition(store, replace(STREAM, ratio=Ratio(1, 1), cell_cap=2), 0, live_numbers_max=100)
         partition.adopt("bundle-0", "space", 0)
         for offset in range(200):
             partition.decide(offset, f"id-{offset}", offset // 4, 1.0, VECTOR)

@@ -77,7 +77,7 @@ class StoreBesideADict(RuleBasedStateMachine):
         entries = [entry(known, offset, offset % 2) for known, offset in batch.items() if known in keep]
         self.inside |= {known: (offset, offset % 2) for known, offset in batch.items() if known in keep}
         self.batches += [batch] if batch else []
-        cell = changelog.cell_key(0, 0), changelog.encode_cell(self.offset, len(self.inside), 0, 0)
+        cell = changelog.cells_key(0, 0), changelog.encode_cells(np.array([[self.offset, len(self.inside), 0, 0]]))
         position = Position(self.offset, 0, 0, "w", Totals())
         self.apply(*entries, *counted(batch), cell, (b"P", changelog.encode_position(position)))
 
@@ -180,16 +180,25 @@ def test_a_new_store_knows_nothing(tmp_path: Path) -> None:
 
 def test_cells_switches_and_takedowns_are_listed_in_order(tmp_path: Path) -> None:
     with PartitionStore(tmp_path) as store:
-        cells = [(1, 0, CellCounts(4, 1, 0, 1)), (0, 7, CellCounts(9, 2, 1, 1)), (0, 3, CellCounts(1, 0, 0, 0))]
+        cells = [(0, 3, CellCounts(1, 0, 0, 0)), (0, 4, CellCounts(9, 2, 1, 1)), (1, 64, CellCounts(4, 1, 0, 1))]
         switches = [Switch(epoch, f"bundle-{epoch}", "space", epoch * 10) for epoch in range(3)]
         store.apply(
-            [(changelog.cell_key(epoch, cluster), changelog.encode_cell(*cell)) for epoch, cluster, cell in cells]
+            [
+                (changelog.cells_key(1, 64), changelog.encode_cells(np.array([[4, 1, 0, 1]]))),
+                (
+                    changelog.cells_key(0, 0),
+                    changelog.encode_cells(np.array([[0] * 4] * 3 + [[1, 0, 0, 0], [9, 2, 1, 1]])),
+                ),
+            ]
             + [(changelog.switch_key(switch.epoch), changelog.encode_switch(switch)) for switch in switches]
             + [(changelog.forgotten_key(known), changelog.encode_forgotten(1)) for known in (9, 3)],
             1,
         )
 
-        assert list(store.cells()) == sorted(cells)
+        assert list(store.cells()) == cells
+        assert [store.cell(epoch, cluster) for epoch, cluster, _ in cells] == [counts for *_, counts in cells]
+        assert [store.cell(*cell) for cell in ((0, 0), (0, 5), (1, 65), (1, 0))] == [None] * 4
+        assert store.cells_of_epoch(1)[64].tolist() == [4, 1, 0, 1]
         assert store.switches() == switches
         assert list(store.forgotten()) == [3, 9]
 

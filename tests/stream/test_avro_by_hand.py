@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stream.avro_by_hand import read_raw_pair, write_kept_pair
+from stream.avro_by_hand import read_raw_pair, write_kept_pair, write_pair_codes
 from stream.raw_format import raw_reader
 from stream.records import HEADER_BYTES, Codec, UndecodableRecord
 
-RAW, KEPT = Codec("RawPair"), Codec("KeptPair")
+RAW, KEPT, CODES = Codec("RawPair"), Codec("KeptPair"), Codec("PairCodes")
 texts = st.text(max_size=200)
 blobs = st.binary(max_size=300)
 longs = st.integers(-(2**63), 2**63 - 1)
@@ -31,6 +31,16 @@ kept_pairs = st.fixed_dictionaries(
     }
 )  # fmt: skip
 
+pair_codes = st.fixed_dictionaries(
+    {
+        "partition": ints, "epoch": longs, "bundle": texts, "tokens": ints, "ids": st.lists(texts, max_size=5),
+        **dict.fromkeys(
+            ("offsets", "fates", "clusters", "positions", "priorities", "itms", "vectors", "duplicate_of"), blobs
+        ),
+        "removed": st.lists(st.fixed_dictionaries({"id": texts, "row": ints}), max_size=3),
+    }
+)  # fmt: skip
+
 
 def in_order(codec: Codec, pair: dict[str, Any]) -> tuple[Any, ...]:
     """The values as the schema has them."""
@@ -45,6 +55,11 @@ def test_a_raw_pair_is_read_as_fastavro_reads_it(pair: dict[str, Any]) -> None:
 @given(kept_pairs)
 def test_a_kept_pair_is_written_byte_by_byte_as_fastavro_writes_it(pair: dict[str, Any]) -> None:
     assert KEPT.header + write_kept_pair(*in_order(KEPT, pair)) == KEPT.encode(pair)
+
+
+@given(pair_codes)
+def test_pair_codes_are_written_byte_by_byte_as_fastavro_writes_them(record: dict[str, Any]) -> None:
+    assert CODES.header + write_pair_codes(record) == CODES.encode(record)
 
 
 @given(raw_pairs, st.data())
