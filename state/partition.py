@@ -1,8 +1,9 @@
 """The live state of one partition: its committed store plus the effects of the open transaction.
 
 `decide` says what is right for one pair, `decide_all` the same for a batch: it is the hot path of the whole service, so it
-works on columns, and leaves to the former what is rare. Nothing here reaches the store before `commit`, which
-the caller calls when Kafka has committed; `abort` forgets. It must never know a Kafka client, and it reads no clock.
+works on columns, and leaves to the former what is rare. Nothing here reaches the store before `commit`, which the caller
+calls when Kafka has committed; until then the next transaction is decided on top of it. `abort` forgets both. It must never
+know a Kafka client, and it reads no clock.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class Rows(NamedTuple):
     """A batch of one partition, in the order of its offsets; n rows, m of which are pairs whose image was looked at.
 
     kinds     (n,) Kind: KNOWN are those of which `is_known` said so
-    firsts    (n,) what `look_up` said before the batch
+    firsts    (n,) what `look_up` said before the batch, of all but dead letters
     known, priorities  (n,) the halves of the ids' hashes
     clusters, itms, vectors  (m,), (m,), (m, tokens)
     """
@@ -129,16 +130,33 @@ class Decisions(NamedTuple):
     removed: list[tuple[int, str]]
 
 
+class _Layer:
+    """The effects of one transaction, in memory, on top of the store or of an earlier layer."""
+
+    __slots__ = ("changes", "counted", "entries", "gone", "hash_at", "switched", "taken_down", "touched_heaps")
+
+    def __init__(self) -> None:
+        self.counted: dict[int, int] = {}  # known hash → offset: ids that this transaction counted
+        self.entries: dict[int, bytes | None] = {}  # known hash → entry, None: it left
+        self.hash_at: dict[int, int] = {}  # offset → known hash: entries that this transaction added and still has
+        self.gone: set[int] = set()  # offsets of entries below this layer that left
+        self.taken_down: dict[int, int] = {}  # known hash → offset of the takedown
+        self.switched: list[Switch] = []
+        self.touched_heaps: set[tuple[int, int]] = set()
+        self.changes: list[Record] = []  # of a sealed transaction
+
+
 class _Cells:
     """The cells of one epoch, live, by cluster: their counters and the blocks that they are in."""
 
-    __slots__ = ("block", "counts", "kept", "touched")
+    __slots__ = ("block", "counts", "kept", "sealed", "touched")
 
     def __init__(self, counts: NDArray[np.int64], q: int) -> None:
         self.counts = counts  # (clusters, 4) counted, entered, evicted, size
         self.block = np.full(len(counts), -1)  # (clusters,) the block whose positions `kept` has
         self.kept = np.zeros((len(counts), q), bool)
-        self.touched = np.zeros(len(counts) // CELLS_A_RECORD, bool)  # by record
+        self.touched = np.zeros(len(counts) // CELLS_A_RECORD, bool)  # by the open transaction; a flag a record
+        self.sealed = self.touched.copy()  # the same by the sealed one
 
     def reach(self, cluster: int) -> None:
         """Makes room for the cells up to this one."""
@@ -147,7 +165,9 @@ class _Cells:
             self.counts = np.concatenate([self.counts, np.zeros((more, 4), np.int64)])
             self.block = np.concatenate([self.block, np.full(more, -1)])
             self.kept = np.concatenate([self.kept, np.zeros((more, self.kept.shape[1]), bool)])
-            self.touched = np.concatenate([self.touched, np.zeros(more // CELLS_A_RECORD, bool)])
+            fresh = np.zeros(more // CELLS_A_RECORD, bool)
+            self.touched = np.concatenate([self.touched, fresh])
+            self.sealed = np.concatenate([self.sealed, fresh])
 
 
 class Partition:
@@ -156,7 +176,8 @@ class Partition:
     Raises SettingsDiffer where the store belongs to a stream with other settings.
 
     Every input offset goes, in order, through exactly one of `decide`, `duplicate`, `dead`, `take_down` and `decide_all`. Then
-    `changes` gives the changelog records of the open transaction, and `commit` or `abort` ends it.
+    `changes` seals the open transaction and gives its changelog records, and `commit` or `abort` ends it. Between `changes` and
+    `commit` the next transaction may go on; there is one sealed transaction at a time.
     """
 
     next_offset: int | None  # the next input offset; None: nothing read yet
@@ -186,6 +207,7 @@ class Partition:
 
     def _begin(self) -> None:
         """An open transaction without effects, on top of what the store holds."""
+        self._sealed: _Layer | None
         position = self.store.position()
         self.next_offset = position.next_offset if position else None
         switches = self.store.switches()
@@ -194,23 +216,22 @@ class Partition:
         self._tally = [0] * len(Fate)
         self._evicted = self._removed = self._lost = 0
         self._committed = position.totals if position else Totals()
-        self._touched_heaps: set[tuple[int, int]] = set()
-        self._counted: dict[int, int] = {}  # known hash → offset: ids that this transaction counted
         self._looked_up: dict[int, int | None] = {}  # known hash → offset, None: the store does not know it
-        self._entries: dict[int, bytes | None] = {}  # known hash → entry, None: it left
-        self._hash_at: dict[int, int] = {}  # offset → known hash: entries that this transaction added and still has
-        self._gone: set[int] = set()  # offsets of committed entries that left
-        self._taken_down: dict[int, int] = {}  # known hash → offset of the takedown
-        self._switched: list[Switch] = []
-        self._changes: list[Record] | None = None
+        self._open, self._sealed = _Layer(), None
 
     # -- one input offset each -----------------------------------------------------------------------------------------
 
     def look_up(self, known_hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
         """The offset at which each id was counted: NOT_KNOWN where it was not, TAKEN_DOWN where it never counts again."""
         hashes = known_hashes.tolist()
-        counted = self._counted.get
-        firsts = [counted(known, NOT_KNOWN) for known in hashes] if self._counted else [NOT_KNOWN] * len(hashes)
+        firsts = [NOT_KNOWN] * len(hashes)
+        for layer in self._layers():
+            if layer.counted:
+                counted = layer.counted.get
+                firsts = [
+                    counted(known, NOT_KNOWN) if first < 0 else first
+                    for known, first in zip(hashes, firsts, strict=True)
+                ]
         if found := self.store.known_offsets(known_hashes):
             # an id that was out of the window counts again
             firsts = [
@@ -278,13 +299,13 @@ class Partition:
             if first >= offset - self._window or self._in_reservoir(first):
                 self._tally[DUPLICATE] += 1
                 return _decision((DUPLICATE, -1, priority, first, ()))
-            self._counted.pop(known, None)  # counted again, later: it goes to the end of the column
+            self._open.counted.pop(known, None)  # counted again, later: it goes to the end of the column
         if self._gate is not None and not itm >= self._gate:
             self._tally[BELOW_GATE] += 1
             return _decision((BELOW_GATE, -1, priority, -1, ()))
         cells = self._touch(self.epoch, cluster)
         counts = cells.counts[cluster]
-        self._counted[known] = offset
+        self._open.counted[known] = offset
         position = int(counts[0])
         counts[0] = position + 1
         block, place = divmod(position, self._q)
@@ -301,8 +322,10 @@ class Partition:
         counts[1] += 1
         counts[3] += 1
         codes = vector if isinstance(vector, bytes) else vector.astype("<u2", copy=False).tobytes()
-        self._entries[known] = encode_entry(offset, self.epoch, cluster, priority, self._ratio, pair_id.encode(), codes)
-        self._hash_at[offset] = known
+        self._open.entries[known] = encode_entry(
+            offset, self.epoch, cluster, priority, self._ratio, pair_id.encode(), codes
+        )
+        self._open.hash_at[offset] = known
         self._tally[KEPT] += 1
         return _decision((KEPT, position, priority, -1, removed))
 
@@ -350,7 +373,7 @@ class Partition:
             removed = (self._leave(first),)
             self._removed += 1
         self._forgotten.add(known)
-        self._taken_down[known] = offset
+        self._open.taken_down[known] = offset
         return _decision((FORGOTTEN, -1, priority, -1, removed))
 
     def decide_all(self, rows: Rows) -> Decisions:
@@ -371,8 +394,12 @@ class Partition:
 
     def _decide_one_by_one(self, rows: Rows) -> Decisions:
         decided = Decisions(*_undecided(len(rows.offsets)), [])
-        for known, first in zip(rows.known.tolist(), rows.firsts.tolist(), strict=True):
-            if known not in self._counted and first != TAKEN_DOWN:
+        for known, first, kind in zip(rows.known.tolist(), rows.firsts.tolist(), rows.kinds.tolist(), strict=True):
+            if (
+                kind != Kind.DEAD
+                and first != TAKEN_DOWN
+                and not any(known in layer.counted for layer in self._layers())
+            ):
                 self._looked_up[known] = None if first == NOT_KNOWN else first
         both = zip(rows.known.tolist(), rows.priorities.tolist(), strict=True)
         places = iter(range(len(rows.clusters)))
@@ -423,7 +450,7 @@ class Partition:
         if len(counting):
             its_pair = np.searchsorted(pairs, counting)
             positions[counting], passed = self._count(rows.clusters[its_pair])
-            self._counted.update(zip(rows.known[counting].tolist(), offsets[counting].tolist(), strict=True))
+            self._open.counted.update(zip(rows.known[counting].tolist(), offsets[counting].tolist(), strict=True))
             fates[counting] = np.where(passed, KEPT, OVER_QUOTA)
             removed = self._keep(rows, counting[passed], its_pair[passed], fates)
         self.next_offset = int(offsets[-1]) + 1
@@ -471,15 +498,15 @@ class Partition:
             [rows.ids[row].encode() for row in passed.tolist()], rows.vectors[its_pair],
         )  # fmt: skip
         if self._cap is None:
-            self._entries.update(zip(known, entries, strict=True))
-            self._hash_at.update(zip(offsets, known, strict=True))
+            self._open.entries.update(zip(known, entries, strict=True))
+            self._open.hash_at.update(zip(offsets, known, strict=True))
         else:
             entered = np.ones(len(passed), bool)
             columns = zip(offsets, clusters.tolist(), rows.priorities[passed].tolist(), strict=True)
             for at, (offset, cluster, priority) in enumerate(columns):
                 entered[at], gone = self._offer(offset, cluster, priority)
                 if entered[at]:
-                    self._entries[known[at]], self._hash_at[offset] = entries[at], known[at]
+                    self._open.entries[known[at]], self._open.hash_at[offset] = entries[at], known[at]
                 removed += [(int(passed[at]), name) for name in gone]
             fates[passed[~entered]] = OVER_CAP
             clusters = clusters[entered]
@@ -507,7 +534,7 @@ class Partition:
         if self._switch is None or self._switch.bundle != bundle:
             self.epoch += 1
             self._switch = Switch(self.epoch, bundle, space, input_offset)
-            self._switched.append(self._switch)
+            self._open.switched.append(self._switch)
         return self.epoch
 
     # -- one transaction each ------------------------------------------------------------------------------------------
@@ -545,77 +572,101 @@ class Partition:
         return self._switch.bundle if self._switch else None
 
     def changes(self, instance: str, wall_clock_ms: int) -> list[Record]:
-        """The changelog records of the open transaction, in the order in which they must be written.
+        """Seals the open transaction: its changelog records, in the order in which they must be written.
 
         instance       who writes them; wall_clock_ms  when, in ms since 1970
-        Raises ValueError before anything was read or a bundle was adopted.
+        Raises ValueError before anything was read or a bundle was adopted, and while another transaction is sealed.
         """
         if self.next_offset is None or self.epoch < 0:
             raise ValueError("a transaction needs an input offset and a bundle")
+        if self._sealed is not None:
+            raise ValueError("the sealed transaction has not ended yet")
+        layer, totals = self._open, self.totals
         records: list[Record] = []
         if self._new_stream:
             records.append((SETTINGS, self.settings.to_json()))
-        records += [(switch_key(switch.epoch), encode_switch(switch)) for switch in self._switched]
+        records += [(switch_key(switch.epoch), encode_switch(switch)) for switch in layer.switched]
         # entries before known ids: see PartitionStore._write
-        names = np.fromiter(self._entries, np.uint64, len(self._entries)).astype(">u8").view("V8").tolist()
-        records += [(ENTRY + name, entry) for name, entry in zip(names, self._entries.values(), strict=True)]
-        if self._counted:
-            count = len(self._counted)
-            hashes = np.fromiter(self._counted.keys(), np.uint64, count)
-            records += encode_known(hashes, np.fromiter(self._counted.values(), np.uint64, count))
-        records += [(forgotten_key(known), encode_forgotten(at)) for known, at in self._taken_down.items()]
+        names = np.fromiter(layer.entries, np.uint64, len(layer.entries)).astype(">u8").view("V8").tolist()
+        records += [(ENTRY + name, entry) for name, entry in zip(names, layer.entries.values(), strict=True)]
+        if layer.counted:
+            count = len(layer.counted)
+            hashes = np.fromiter(layer.counted.keys(), np.uint64, count)
+            records += encode_known(hashes, np.fromiter(layer.counted.values(), np.uint64, count))
+        records += [(forgotten_key(known), encode_forgotten(at)) for known, at in layer.taken_down.items()]
         for epoch, cells in self._cells.items():
             for first in (np.flatnonzero(cells.touched) * CELLS_A_RECORD).tolist():
                 records.append((cells_key(epoch, first), encode_cells(cells.counts[first : first + CELLS_A_RECORD])))
+            cells.sealed, cells.touched = cells.touched, np.zeros_like(cells.touched)
         records += [(known_key(first), None) for first in self._expired(self.next_offset - self._window)]
-        position = Position(self.next_offset, self.epoch, wall_clock_ms, instance, self.totals)
+        position = Position(self.next_offset, self.epoch, wall_clock_ms, instance, totals)
         records.append((POSITION, encode_position(position)))
-        self._changes = records
+        layer.changes = records
+        self._open, self._sealed = _Layer(), layer
+        self._new_stream = False
+        self._committed, self._tally = totals, [0] * len(Fate)
+        self._evicted = self._removed = self._lost = 0
         return records
 
     def commit(self, changelog_position: int) -> None:
-        """Write to the store what `changes` last gave, after Kafka has committed it, and begin the next transaction.
+        """Write the sealed transaction to the store, after Kafka has committed it.
 
         changelog_position  the changelog offset behind the transaction. Raises StoreFull; nothing is lost then.
         """
-        if self._changes is None:
+        if self._sealed is None:
             raise ValueError("nothing to commit: ask for the changes first, and write them to Kafka")
-        self.store.apply(self._changes, changelog_position)
-        self._new_stream = False
+        self.store.apply(self._sealed.changes, changelog_position)
+        self._sealed = None
+        self._looked_up = {}
         for cells in self._cells.values():
-            cells.touched[:] = False
-        while self._live_numbers > self._live_numbers_max:
-            self._drop(next(iter(self._heaps)))
-        self._begin()
+            cells.sealed[:] = False
+        # What the open transaction has touched stands behind the rest, and the store does not know it yet.
+        while (
+            self._live_numbers > self._live_numbers_max
+            and (cell := next(iter(self._heaps))) not in self._open.touched_heaps
+        ):
+            self._drop(cell)
 
     def abort(self) -> None:
-        """Forget the open transaction; the next input offset is the committed one again."""
-        self._cells = {epoch: cells for epoch, cells in self._cells.items() if not cells.touched.any()}
-        for cell in self._touched_heaps:
-            self._drop(cell)
-        self._forgotten.difference_update(self._taken_down)
+        """Forget the open and the sealed transaction; the next input offset is the committed one again."""
+        self._cells = {
+            epoch: cells for epoch, cells in self._cells.items() if not (cells.touched.any() or cells.sealed.any())
+        }
+        for layer in self._layers():
+            for cell in layer.touched_heaps & self._heaps.keys():
+                self._drop(cell)
+            self._forgotten.difference_update(layer.taken_down)
+        self._new_stream = self.store.settings() is None
         self._begin()
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _first_offset(self, known: int) -> int | None:
         """The offset at which an id was counted, if anything still tells."""
-        first = self._counted.get(known)
-        if first is not None:
-            return first
+        for layer in self._layers():
+            if (first := layer.counted.get(known)) is not None:
+                return first
         if known not in self._looked_up:
             self._looked_up[known] = self.store.known_offset(known)
         return self._looked_up[known]
 
+    def _layers(self) -> tuple[_Layer, ...]:
+        """What is not in the store yet, the newest first."""
+        return (self._open,) if self._sealed is None else (self._open, self._sealed)
+
     def _in_reservoir(self, offset: int) -> bool:
-        return offset in self._hash_at or (offset not in self._gone and self.store.entry_at(offset) is not None)
+        for layer in self._layers():
+            if offset in layer.hash_at or offset in layer.gone:
+                return offset in layer.hash_at
+        return self.store.entry_at(offset) is not None
 
     def _entry_at(self, offset: int) -> tuple[int, bytes]:
         """(known hash, encoded entry) of a pair that is in the reservoir."""
-        known = self._hash_at.get(offset)
-        entry = self._entries[known] if known is not None else None
-        if known is not None and entry is not None:
-            return known, entry
+        for layer in self._layers():
+            known = layer.hash_at.get(offset)
+            entry = layer.entries[known] if known is not None else None
+            if known is not None and entry is not None:
+                return known, entry
         stored = self.store.entry_at(offset)
         if stored is None:
             raise LookupError(f"the reservoir has no pair from offset {offset}")
@@ -624,9 +675,9 @@ class Partition:
     def _leave(self, offset: int) -> str:
         """Take the pair from this offset out of the reservoir; returns its id."""
         known, entry = self._entry_at(offset)
-        if self._hash_at.pop(offset, None) is None:
-            self._gone.add(offset)
-        self._entries[known] = None
+        if self._open.hash_at.pop(offset, None) is None:
+            self._open.gone.add(offset)
+        self._open.entries[known] = None
         return decode_entry(entry).pair_id
 
     def _touch(self, epoch: int, cluster: int) -> _Cells:
@@ -665,7 +716,7 @@ class Partition:
             heap = heap_of(self.store.marks(epoch, cluster))
             self._live_numbers += _NUMBERS_OF_A_HEAP + len(heap)
         self._heaps[cell] = heap  # at the end: what stands in front was not touched for longest
-        self._touched_heaps.add(cell)
+        self._open.touched_heaps.add(cell)
         return heap
 
     def _drop(self, cell: tuple[int, int]) -> None:

@@ -246,10 +246,10 @@ def reduce_batch(
     # An id that is known already needs no image; the rest is decoded by all cores and encoded in fixed batches.
     firsts = np.full(len(batch.messages), NOT_KNOWN)
     for number, rows in rows_of.items():
-        pairs = rows[batch.kinds[rows] == Kind.PAIR]
-        firsts[pairs] = partitions[number].look_up(batch.known[pairs])
-        known = partitions[number].is_known(firsts[pairs], batch.offsets[pairs])
-        batch.kinds[pairs[known]] = Kind.KNOWN
+        named = rows[batch.kinds[rows] != Kind.DEAD]
+        firsts[named] = partitions[number].look_up(batch.known[named])
+        known = partitions[number].is_known(firsts[named], batch.offsets[named])
+        batch.kinds[named[known & (batch.kinds[named] == Kind.PAIR)]] = Kind.KNOWN
     lap("read")
     images, pixels = _look_at_all(np.flatnonzero(batch.kinds == Kind.PAIR).tolist(), batch, using)
     lap("decode")

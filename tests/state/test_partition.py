@@ -161,6 +161,19 @@ class Life:
         if self.kafka_commits():
             self.partition.commit(self.end)
 
+    def commit_while_the_next_is_decided(self) -> None:
+        if self.kafka_commits():
+            end = self.end
+            self.process(5)
+            self.partition.commit(end)
+
+    def abort_while_the_next_is_decided(self) -> None:
+        """The transaction was sealed and Kafka refused it: what came on top of it is forgotten, too."""
+        if self.open_decisions:
+            self.partition.changes("worker", 1000)
+            self.process(5)
+            self.abort()
+
     def abort(self) -> None:
         self.open_decisions = {}
         self.partition.abort()
@@ -228,7 +241,7 @@ class Life:
 
 
 ENDINGS = ["go on", "commit", "commit", "abort", "crash", "crash_after_kafka_committed", "move", "compact"]
-ENDINGS += ["compact_and_drop_tombstones"]
+ENDINGS += ["compact_and_drop_tombstones", "commit_while_the_next_is_decided", "abort_while_the_next_is_decided"]
 steps = st.lists(st.tuples(st.integers(1, 12), st.sampled_from(ENDINGS)), max_size=12)
 
 

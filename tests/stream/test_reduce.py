@@ -120,6 +120,17 @@ def test_a_known_id_with_a_broken_image_is_a_duplicate_and_no_dead_letter(
     assert not effects.dead
 
 
+def test_a_takedown_removes_a_pair_of_a_transaction_that_is_long_past(partition: Partition, using: Reduction) -> None:
+    reduced([Message(0, "a"), Message(1, "b")], partition, using)
+    partition.changes("worker", 0)
+    partition.commit(1)
+
+    effects = reduced([Message(2, "a", takedown=True), Message(3, "c"), Message(4, "a")], partition, using)
+
+    assert fates(effects) == [Fate.FORGOTTEN, Fate.KEPT, Fate.FORGOTTEN]
+    assert [(effect.key, effect.value is None) for effect in effects.kept] == [(b"a", True), (b"c", False)]
+
+
 def test_after_a_dead_letter_the_id_counts_when_it_comes_whole(partition: Partition, using: Reduction) -> None:
     effects = reduced([Message(0, "a", b"BAD"), Message(1, "a")], partition, using)
 
