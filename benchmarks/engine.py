@@ -392,8 +392,8 @@ def with_a_model(results: Results, quix: Path) -> None:
         data = Input("raw-pairs", sum(ends.values()), set(), ends)
         with tempfile.TemporaryDirectory(dir=folder) as state:
             run = measure("ours", kafka, data, quix, folder, "sample", Path(state), str(HERE.parent / "bundles/sample"))
-        busy = sum(run.told["stages"].values()) + run.told["commit"]
-        state_s = run.told["stages"]["decide"] + run.told["commit"]
+        commit = sum(run.told[step] for step in ("seal", "send", "keep"))
+        busy, state_s = sum(run.told["stages"].values()) + commit, run.told["stages"]["decide"] + commit
         results.add(
             unit, records=run.records, seconds=round(run.seconds, 3), rate=round(run.rate), told=run.told,
             share=round(state_s / busy, 4), load=os.getloadavg()[0],

@@ -1,6 +1,6 @@
 """`python -m stream ARGUMENTS`, but it says when the first record came and, at its end, where its time went.
 
-Nothing of the program is changed: four calls are passed through and timed. `engine.py` reads what is printed.
+Nothing of the program is changed: five calls are passed through and timed. `engine.py` reads what is printed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import time
 from typing import Any
 
+import stream.worker
 from state.partition import Partition
 from state.partition_store import PartitionStore
 from stream.intake import Intake
@@ -41,7 +42,8 @@ def main() -> None:
             Intake.poll = receive  # type: ignore[method-assign]
 
     Intake.poll = poll  # type: ignore[method-assign]
-    timed(Worker, "_commit", "commit")
+    for step in ("seal", "send", "keep"):
+        timed(stream.worker, step, step)
     timed(Partition, "changes", "changes")
     timed(PartitionStore, "apply", "apply")
     run = Worker.run

@@ -48,6 +48,7 @@ class DeadShare:
         self._before: list[tuple[int, int, Stretch]] = []  # committed at ms, partition, …
         self._committed: deque[Stretch] = deque()
         self._committed_records = 0
+        self._sealed: list[Stretch] = []  # of a transaction that is being committed
         self._open: list[Stretch] = []
         self._open_records = self._open_dead = 0
 
@@ -66,17 +67,22 @@ class DeadShare:
         self._open.append(Stretch(effects.records - self._open_records, dead))
         self._open_records, self._open_dead = effects.records, len(effects.dead)
 
+    def seal(self) -> None:
+        """The open transaction is being committed; what is noted from now on belongs to the next one."""
+        self._sealed, self._open = self._sealed + self._open, []
+        self._open_records = self._open_dead = 0
+
     def commit(self) -> None:
-        """What was noted since the last end of a transaction is committed."""
-        self._committed += self._open
-        self._committed_records += self._open_records
+        """What was sealed is committed."""
+        self._committed += self._sealed
+        self._committed_records += sum(stretch.records for stretch in self._sealed)
+        self._sealed = []
         while self._committed and self._committed_records - self._committed[0].records >= self.window_records:
             self._committed_records -= self._committed.popleft().records
-        self.abort()
 
     def abort(self) -> None:
-        """What was noted since the last end of a transaction did not happen."""
-        self._open = []
+        """What is not committed did not happen."""
+        self._sealed, self._open = [], []
         self._open_records = self._open_dead = 0
 
     @property
@@ -109,7 +115,7 @@ class DeadShare:
         """The stretches, newest first, until they are enough."""
         records = 0
         before = (stretch for *_, stretch in reversed(self._before))
-        for stretches in (reversed(self._open), reversed(self._committed), before):
+        for stretches in (reversed(self._open), reversed(self._sealed), reversed(self._committed), before):
             for stretch in stretches:
                 if records >= self.window_records:
                     return

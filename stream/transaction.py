@@ -1,7 +1,8 @@
 """Effects → Kafka, then LMDB: one batch of effects becomes visible as a whole, or not at all.
 
 Writes; decides nothing. The transaction is begun only when everything that goes into it is known, so its life is that of a
-flush and a commit, and a slow model cannot outlive `transaction.timeout.ms`.
+flush and a commit, and a slow model cannot outlive `transaction.timeout.ms`. It goes in three steps, `seal`, `send` and `keep`,
+of which `send` may run in a thread of its own while the next batches are decided; `commit` is all three.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 
+from state.changelog import Record
 from state.partition import Partition
 from stream.avro_by_hand import write_pair_codes
 from stream.broker_errors import Course, course_of, kafka_error_of
@@ -52,67 +54,105 @@ class Outlet(NamedTuple):
     wall_clock: Callable[[], float] = time.time
 
 
-def commit(effects: Effects, partitions: Mapping[int, Partition], outlet: Outlet) -> None:
-    """Makes `effects` visible as a whole, or not at all.
+class Sealed(NamedTuple):
+    """All that goes into one transaction: nothing of it changes while later batches are decided."""
+
+    effects: Effects
+    changes: dict[int, list[Record]]  # partition → changelog records
+    codes: list[tuple[int, dict[str, Any]]]  # partition, PairCodes record
+    offsets: list[TopicPartition]
+    group: Any  # who we are in the group now: once it has changed, the broker refuses the offsets
+    ends: dict[int, int]  # partition → end of its changelog, as far as it is known
+
+
+def seal(effects: Effects, partitions: Mapping[int, Partition], outlet: Outlet) -> Sealed:
+    """Closes the open transaction of the partitions that `effects` touch. At a batch boundary, by whoever decides."""
+    touched = sorted(effects.codes.keys() | {letter.message.partition() for letter in effects.dead})
+    group = outlet.consumer.consumer_group_metadata()
+    codes = [
+        (p, record)
+        for p, columns in effects.codes.items()
+        for record in columns.records(
+            p, partitions[p].epoch, partitions[p].bundle or "", partitions[p].settings.tokens, CODES_RECORD_BYTES
+        )
+    ]
+    now_ms = int(outlet.wall_clock() * 1000)
+    return Sealed(
+        effects=effects,
+        changes={p: partitions[p].changes(outlet.instance, now_ms) for p in touched},
+        codes=codes,
+        offsets=[TopicPartition(outlet.raw_topic, p, partitions[p].next_offset) for p in touched],
+        group=group,
+        # To stand further back than the end is harmless: a restore applies the same records again.
+        ends={p: partitions[p].store.changelog_position or 0 for p in touched},
+    )
+
+
+def send(sealed: Sealed, outlet: Outlet) -> None:
+    """Makes a sealed transaction visible as a whole, or not at all.
 
     1. begin  2. produce kept pairs and tombstones, codes, dead letters, changelog, and flush  3. add the consumed offsets
-    4. commit Kafka  5. commit LMDB with the changelog position.
-    A crash before 4 leaves nothing; between 4 and 5 it costs the replay of one transaction.
+    4. commit Kafka. A crash before 4 leaves nothing; between 4 and `keep` it costs the replay of one transaction.
 
-    Raises Aborted (nothing happened; go back and do it again), Fenced (another worker owns what this one wrote to; touch
-    nothing more), ProducerLost (ask the changelog what happened) or Stopped (the same would happen again).
+    Raises Aborted (nothing happened; abort the partitions, go back and do it again), Fenced (another worker owns what this one
+    wrote to; touch nothing more), ProducerLost (ask the changelog what happened) or Stopped (the same would happen again).
     """
     producer, attempt_s = outlet.producer, outlet.attempt_timeout_s
-    touched = sorted(effects.codes.keys() | {letter.message.partition() for letter in effects.dead})
-    # To stand further back than the end is harmless: a restore applies the same records again.
-    ends = {p: partitions[p].store.changelog_position or 0 for p in touched}
     try:
         producer.begin_transaction()  # 1
-        for record, more in _records(effects, touched, partitions, outlet, ends):  # 2
+        for record, more in _records(sealed, outlet):  # 2
             _produce(producer, record, more)
         # Everything lies at the brokers before the offsets are pending: a successor that finds no pending offsets of this
         # group can rely on the changelog's end (restore.py asks in this order).
         while producer.flush(attempt_s):
             log.warning("%d records of the transaction are not at the brokers yet", len(producer))
-        offsets = [TopicPartition(outlet.raw_topic, p, partitions[p].next_offset) for p in touched]
         # Once only: repeated after a time-out it may hang for ever (librdkafka 2.16, a broker killed in between). To abort is
         # safe as long as nobody was asked to commit.
-        metadata = outlet.consumer.consumer_group_metadata()
-        producer.send_offsets_to_transaction(offsets, metadata, attempt_s)  # 3
+        producer.send_offsets_to_transaction(sealed.offsets, sealed.group, attempt_s)  # 3
         _until_done(lambda: producer.commit_transaction(attempt_s), "committing")  # 4
     except (KafkaException, KafkaError, SystemError) as error:
-        _abort(producer, error, partitions.values(), attempt_s)
-    for p in touched:  # 5
-        partitions[p].commit(ends[p])
+        _abort(producer, error, attempt_s)
+
+
+def keep(sealed: Sealed, partitions: Mapping[int, Partition]) -> None:
+    """Writes what was sent to the stores. By whoever decides, at a batch boundary."""
+    for p in sealed.changes:
+        partitions[p].commit(sealed.ends[p])
+
+
+def commit(effects: Effects, partitions: Mapping[int, Partition], outlet: Outlet) -> None:
+    """`seal`, `send` and `keep`, one after the other. Raises what `send` raises; if it is Aborted, the partitions are, too."""
+    sealed = seal(effects, partitions, outlet)
+    try:
+        send(sealed, outlet)
+    except Aborted:
+        for partition in partitions.values():
+            partition.abort()
+        raise
+    keep(sealed, partitions)
 
 
 # topic, value, key, partition: as `produce` takes them by place, which costs half of taking them by name.
 _Record = tuple[str, bytes | None, bytes | None, int]
 
 
-def _records(
-    effects: Effects, touched: Iterable[int], partitions: Mapping[int, Partition], outlet: Outlet, ends: dict[int, int]
-) -> Iterable[tuple[_Record, dict[str, Any]]]:
+def _records(sealed: Sealed, outlet: Outlet) -> Iterable[tuple[_Record, dict[str, Any]]]:
     topics = outlet.topics
-    for effect in effects.kept:
-        yield (topics.kept, effect.value, effect.key, effect.partition), {"headers": effect.headers}
-    for p, columns in effects.codes.items():
-        state = partitions[p]
-        for record in columns.records(p, state.epoch, state.bundle or "", state.settings.tokens, CODES_RECORD_BYTES):
-            yield (topics.codes, outlet.codes_codec.header + write_pair_codes(record), None, p), {}
-    for letter in effects.dead:
+    for number, key, value, headers in sealed.effects.kept:
+        yield (topics.kept, value, key, number), {"headers": headers}
+    for p, record in sealed.codes:
+        yield (topics.codes, outlet.codes_codec.header + write_pair_codes(record), None, p), {}
+    for letter in sealed.effects.dead:
         message = letter.message
         dead = topics.dead, message.value(), message.key(), message.partition()
         yield dead, {"headers": headers_of(letter)}
-    now_ms = int(outlet.wall_clock() * 1000)
-    for p in touched:
-        *changes, (key, value) = partitions[p].changes(outlet.instance, now_ms)
+    for p, (*changes, (last_key, last)) in sealed.changes.items():
         for changed, entry in changes:
             yield (topics.changelog, entry, changed, p), {}
         # Records of a partition are written in their order, so the last one tells the end.
         yield (
-            (topics.changelog, value, key, p),
-            {"on_delivery": lambda error, message, p=p: _remember_end(error, message, p, ends)},
+            (topics.changelog, last, last_key, p),
+            {"on_delivery": lambda error, message, p=p: _remember_end(error, message, p, sealed.ends)},
         )
 
 
@@ -146,7 +186,7 @@ def _until_done(call: Callable[[], None], what: str) -> None:
             log.warning("%s goes on for %.0f s: %s", what, time.monotonic() - began, reason.str())
 
 
-def _abort(producer: Producer, error: BaseException, partitions: Iterable[Partition], attempt_s: float) -> NoReturn:
+def _abort(producer: Producer, error: BaseException, attempt_s: float) -> NoReturn:
     """Ends a failed transaction as the error's course says."""
     reason = kafka_error_of(error)
     course = course_of(reason)
@@ -169,6 +209,4 @@ def _abort(producer: Producer, error: BaseException, partitions: Iterable[Partit
         raise Stopped(
             f"Kafka refuses the transaction: {reason.str()}; nothing of it is visible. Put that right and start again"
         ) from error
-    for partition in partitions:
-        partition.abort()
     raise Aborted(reason.str()) from error

@@ -1,7 +1,8 @@
 """The loop of a worker: it polls, hands batches to the model, commits by time, and settles before a partition leaves.
 
 One loop owns poll, commit and shutdown; all else is told when to start and when to end. Decisions are made in reduce.py,
-written in transaction.py. The model works in a thread of its own, and the loop polls meanwhile.
+written in transaction.py. The model works in a thread of its own, a transaction is sent in another one while the next batches
+are decided, and the loop polls meanwhile. What happens to partitions and stores happens between two batches, in the loop.
 """
 
 from __future__ import annotations
@@ -32,13 +33,15 @@ from stream.metrics import Metrics
 from stream.murmur2 import partitions_of
 from stream.reduce import Cancelled, Effects, Reduction, reduce_batch
 from stream.restore import Restored
-from stream.transaction import Aborted, Outlet, ProducerLost, commit
+from stream.transaction import Aborted, Outlet, ProducerLost, Sealed, keep, seal, send
 
 log = logging.getLogger(__name__)
 
 POLL_WAIT_S = 0.2
 # How long a look at the batch in the model may keep the loop from polling.
 PENDING_WAIT_S = 0.05
+# How long a poll may keep the loop from what became of the transaction that is being sent.
+SENDING_WAIT_S = 0.01
 # Effects are committed early when they weigh this much: they wait in memory until then.
 EFFECT_BYTES_MAX = 32 * 1024 * 1024
 # A partition that is taken away waits this long for the batch in the model; then the batch is given up. Below
@@ -67,6 +70,15 @@ class Pace:
     batch_pairs: int
     stop_at_end: bool = False
     revoke_budget_s: float = REVOKE_BUDGET_S
+
+
+@dataclass(frozen=True)
+class _Sending:
+    """A transaction on its way to Kafka."""
+
+    sealed: Sealed
+    since: float
+    done: Future[None]
 
 
 class Worker:
@@ -102,7 +114,9 @@ class Worker:
         self._effects_since: float | None = None
         self._pending: Future[Effects] | None = None
         self._give_up = threading.Event()
+        self._sending: _Sending | None = None
         self._model_thread = ThreadPoolExecutor(1, "model")
+        self._send_thread = ThreadPoolExecutor(1, "send")
         self._stopping = threading.Event()
         self._trouble: BaseException | None = None
         self._turned_at = clock()
@@ -144,6 +158,8 @@ class Worker:
             # Only a drain commits: leaving the group settles too, and half a batch must not become visible by that.
             self._drop_batch()
             self._effects, self._effects_since = Effects(), None
+            # What Kafka takes of what is on its way comes from the changelog when the partitions are restored.
+            self._sending = None
             raise
         finally:
             self._close()
@@ -177,8 +193,13 @@ class Worker:
                 self._collect()
         # The batch in the model changes the open transaction, so a commit waits for it: it ends at a batch boundary.
         if self._pending is None:
+            if self._sending is not None and self._sending.done.done():
+                self._end_commit()
             if self._commit_is_due():
-                self._commit()
+                self._begin_commit()
+            if self._is_full():
+                # Two transactions' worth of effects is what memory was meant for.
+                wait([self._sending.done] if self._sending else [], PENDING_WAIT_S)
             elif batch := self.intake.take(self.pace.batch_pairs):
                 self._submit(batch)
             elif self.pace.stop_at_end and self._at_end():
@@ -188,6 +209,8 @@ class Worker:
     def _poll_wait_s(self) -> float:
         if self._pending is not None or len(self.intake) or self.assignment.restoring:
             return 0.0 if not self.assignment.restoring or len(self.intake) else PENDING_WAIT_S
+        if self._sending is not None:
+            return SENDING_WAIT_S
         if self._effects_since is not None:
             return max(0.0, min(POLL_WAIT_S, self._effects_since + self.pace.commit_interval_s - self._clock()))
         return POLL_WAIT_S
@@ -213,6 +236,8 @@ class Worker:
         try:
             pending.result()
         except Cancelled:
+            # An abort would forget what is on its way, too.
+            self._end_commit()
             self._abort_effects()
             self._go_back()
             return
@@ -228,21 +253,40 @@ class Worker:
         self._dead_share.refuse_above_limit(self.topic)
 
     def _commit_is_due(self) -> bool:
-        if self._effects_since is None:
+        if self._effects_since is None or self._sending is not None:
             return False
         late = self._clock() - self._effects_since >= self.pace.commit_interval_s
         return late or self._effects.value_bytes >= EFFECT_BYTES_MAX
 
+    def _is_full(self) -> bool:
+        return self._sending is not None and self._effects.value_bytes >= EFFECT_BYTES_MAX
+
     def _commit(self) -> None:
+        """Commits all that is decided, and waits for it."""
+        self._end_commit()
+        self._begin_commit()
+        self._end_commit()
+
+    def _begin_commit(self) -> None:
+        """Sends what is decided, while the next batches are decided on top of it."""
         effects, self._effects, self._effects_since = self._effects, Effects(), None
         if effects.empty:
             return
-        began = self._clock()
+        since = self._clock()
+        sealed = seal(effects, self.assignment.running, self.outlet)
+        self._dead_share.seal()
+        self._sending = _Sending(sealed, since, self._send_thread.submit(send, sealed, self.outlet))
+
+    def _end_commit(self) -> None:
+        """Waits for what becomes of the transaction that is being sent, and takes it over. At a batch boundary."""
+        sending, self._sending = self._sending, None
+        if sending is None:
+            return
         try:
-            commit(effects, self.assignment.running, self.outlet)
+            sending.done.result()
         except Aborted as error:
             self.metrics.transactions.labels("aborted").inc()
-            self._dead_share.abort()
+            self._abort_effects()
             self._aborted_in_a_row += 1
             if self._aborted_in_a_row >= ABORTS_MAX:
                 raise Stopped(
@@ -254,18 +298,20 @@ class Worker:
         except ProducerLost as error:
             self.metrics.transactions.labels("aborted").inc()
             self._dead_share.abort()
+            self._effects, self._effects_since = Effects(), None
             log.warning("the producer is lost (%s): making a new one and restoring", error)
             self.outlet = self.outlet._replace(producer=self._new_producer())
             self.assignment.restore_again(self.assignment.running)
             return
+        keep(sending.sealed, self.assignment.running)
         self._aborted_in_a_row = 0
         self._dead_share.commit()
-        took = self._clock() - began
+        took = self._clock() - sending.since
         self.metrics.commit_seconds.observe(took)
         self.metrics.transactions.labels("committed").inc()
-        self._count(effects)
+        self._count(sending.sealed.effects)
         self._remember_committed()
-        log.debug("committed %d records in %.3f s", effects.records, took)
+        log.debug("committed %d records in %.3f s", sending.sealed.effects.records, took)
 
     def _settle(self, budget_s: float | None = None) -> None:
         """Finishes the batch in the model and commits. After `budget_s` the batch is given up, and nothing of it happened."""
@@ -298,6 +344,7 @@ class Worker:
     def _close(self) -> None:
         self._give_up.set()
         self._model_thread.shutdown(wait=True)
+        self._send_thread.shutdown(wait=True)
         # A consumer that was fenced may refuse to leave; there is nothing left to lose.
         with contextlib.suppress(Exception):
             self.consumer.close()
@@ -326,6 +373,7 @@ class Worker:
         told = False
         try:
             self._drop_batch()
+            self._end_commit()  # refused, unless Kafka took it before
             self._abort_effects()
             told = self.assignment.revoked([tp.partition for tp in partitions], lost=True)
             self._go_back()
@@ -345,7 +393,8 @@ class Worker:
 
     def _at_end(self) -> bool:
         running = self.assignment.running
-        return bool(running) and self.ready and self._effects.empty and running.keys() <= self.intake.at_end.keys()
+        settled = self._effects.empty and self._sending is None
+        return bool(running) and self.ready and settled and running.keys() <= self.intake.at_end.keys()
 
     def _check_keys(self, batch: list[Any]) -> None:
         """Counts records outside their key's murmur2 partition: ids are known only within a partition."""
@@ -411,9 +460,10 @@ class Worker:
                 metrics.lag.labels(label).set(max(0, end - next_offset))
 
     def _remember_committed(self) -> None:
+        positions = {number: partition.store.position() for number, partition in self.assignment.running.items()}
         self._committed = {
-            number: (partition.next_offset or 0, partition.totals)
-            for number, partition in self.assignment.running.items()
+            number: (position.next_offset, position.totals) if position else (0, Totals())
+            for number, position in positions.items()
         }
 
     def _store_file(self, number: int) -> Path:

@@ -124,7 +124,7 @@ def _become_mortal(nth: int, within: Iterable[str], at: str, how: int, report: P
         (PartitionStore, ("__init__", "apply", "close")),
         (Assignment, ("assigned", "revoked")),
         (Intake, ("start", "stop")),
-        (Worker, ("_collect", "_commit", "_on_assign", "_on_revoke", "_settle", "_close")),
+        (Worker, ("_collect", "_begin_commit", "_end_commit", "_on_assign", "_on_revoke", "_settle", "_close")),
     ):
         for name in names:
             countdown.watch(owner, name)

@@ -42,6 +42,7 @@ class Reading:
         self.share.take(self.effects)
 
     def commit(self) -> None:
+        self.share.seal()
         self.share.commit()
         self.effects = Effects()
 
