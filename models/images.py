@@ -26,11 +26,12 @@ STARTS = (JPEG_START, PNG_START, b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 HARMLESS_WARNINGS = ("extraneous bytes before marker", "unknown Adobe color transform")
 
 
-def decode(image: bytes, side: int) -> Pixels:
+def decode(image: bytes | memoryview, side: int) -> Pixels:
     """The first frame of `image` as (side, side, 3) uint8 RGB; transparent parts are white. Thread safe.
 
     Raises BadImage with the reason "not-an-image", "too-large", "too-small", "truncated" or "corrupt".
     """
+    image = bytes(image)
     pixels = _decode_jpeg(image, side) if image.startswith(JPEG_START) else None
     if pixels is None:
         pixels = _decode_with_pillow(image)

@@ -114,7 +114,7 @@ class LoadedModel:
             ) from error
         return LoadedModel(manifest, parts, clustering, choose_device(device))
 
-    def decode(self, image: bytes) -> Pixels:
+    def decode(self, image: bytes | memoryview) -> Pixels:
         """(S, S, 3) RGB."""
         return decode(image, self._side)
 

@@ -27,7 +27,7 @@ class PairModel(Protocol):
     fingerprint: dict[str, str]  # device, dtype, threads, versions … of this process
     made_with: dict[str, str]  # the same of the process that made the bundle
 
-    def decode(self, image: bytes) -> Pixels:
+    def decode(self, image: bytes | memoryview) -> Pixels:
         """(S, S, 3) RGB. Thread safe. Raises models.errors.BadImage."""
         ...
 

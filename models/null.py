@@ -40,7 +40,7 @@ class NullModel:
         self.fingerprint = {"device": "none", "batch": str(batch)}
         self.made_with = self.fingerprint
 
-    def decode(self, image: bytes) -> Pixels:
+    def decode(self, image: bytes | memoryview) -> Pixels:
         """(4,) a check sum of its ends and its size. Raises BadImage for none, and for those that start with b"BAD"."""
         if not image or image[:3] == b"BAD":
             raise BadImage(Reason.NOT_AN_IMAGE, f"{len(image)} bytes that are empty or planted as bad")

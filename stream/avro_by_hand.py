@@ -14,7 +14,9 @@ from typing import Any
 
 _two_floats = Struct("<ff").pack
 
-RawValues = tuple[str, str, bytes | None, str | None, dict[str, str]]
+RawValues = tuple[str, str, bytes | memoryview | None, str | None, dict[str, str]]
+# From this size on an image is not copied out of its record.
+VIEWED_BYTES = 2048
 
 
 def read_raw_pair(data: bytes, at: int) -> RawValues:
@@ -37,13 +39,14 @@ def read_raw_pair(data: bytes, at: int) -> RawValues:
         size, at = size >> 1, end + 1
     end = at + size
     caption = data[at:end].decode()
-    image, image_uri = None, None
+    image: bytes | memoryview | None = None
+    image_uri: str | None = None
     branch = data[end]
     at = end + 1
     if branch == 2:  # the second of a union's branches, as zigzag
         size, at = _length(data, at)
         end = at + size
-        image = data[at:end]
+        image = data[at:end] if size < VIEWED_BYTES else memoryview(data)[at:end]
         at = end
     elif branch:
         raise ValueError("no such branch")
@@ -86,14 +89,14 @@ def read_raw_pair(data: bytes, at: int) -> RawValues:
 
 
 def write_kept_pair(
-    pair_id: str, image: bytes, caption: str, generated: str, refined: str, epoch: int, cluster: int, position: int,
-    vector: bytes, bundle: str, priority: bytes, rate: str, itm_original: float, itm_refined: float, topic: str,
+    pair_id: str, image: bytes | memoryview, caption: str, generated: str, refined: str, epoch: int, cluster: int,
+    position: int, vector: bytes, bundle: str, priority: bytes, rate: str, itm_original: float, itm_refined: float, topic: str,
     partition: int, offset: int, timestamp_ms: int, image_uri: str | None, fields: Mapping[str, str],
 ) -> bytes:  # fmt: skip
     """A KeptPair; vector and priority as their little-endian bytes."""
     id_bytes, caption_bytes = pair_id.encode(), caption.encode()
     generated_bytes, refined_bytes = generated.encode(), refined.encode()
-    parts = [
+    parts: list[bytes | memoryview] = [
         _long(len(id_bytes)), id_bytes, _long(len(image)), image, _long(len(caption_bytes)), caption_bytes,
         _long(len(generated_bytes)), generated_bytes, _long(len(refined_bytes)), refined_bytes,
         _long(epoch), _long(cluster), _long(position), _long(len(vector)), vector, _same_text(bundle),

@@ -40,11 +40,11 @@ CONFLUENT_HEADER_BYTES = 5
 
 
 class RawRecord(NamedTuple):
-    """A raw pair. `image` or `image_uri` is set; `image` wins where a record has both."""
+    """A raw pair. `image` or `image_uri` is set; `image` (a view of the record where it is large) wins where it has both."""
 
     id: str
     caption: str
-    image: bytes | None
+    image: bytes | memoryview | None
     image_uri: str | None
     fields: dict[str, str]
 

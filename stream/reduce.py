@@ -30,6 +30,7 @@ from stream.records import Codec, UndecodableRecord
 from stream.topics import KEPT_OVERHEAD_BYTES
 
 Message = Any  # confluent_kafka.Message
+Image = bytes | memoryview
 
 # A cluster of -1: nobody looked at the image.
 NO_CLUSTER = -1
@@ -400,7 +401,7 @@ def _decide(
 def _caption(
     batch: _Batch,
     kept: _Kept,
-    images: dict[int, bytes],
+    images: dict[int, Image],
     seen: tuple[NDArray[np.int32], NDArray[np.float32], Vectors],
     partitions: dict[int, Partition],
     using: Reduction,
@@ -468,7 +469,7 @@ def _refuse_what_cannot_be_kept(raw: RawRecord, kept_bytes_max: int) -> None:
         )
 
 
-def _look_at_all(wanted: list[int], batch: _Batch, using: Reduction) -> tuple[dict[int, bytes], list[Pixels]]:
+def _look_at_all(wanted: list[int], batch: _Batch, using: Reduction) -> tuple[dict[int, Image], list[Pixels]]:
     """The image bytes of the rows `wanted` (in that order), and what the encoder sees of each; each thread takes one share.
 
     A row whose image cannot be had or decoded becomes UNSEEN.
@@ -482,7 +483,7 @@ def _look_at_all(wanted: list[int], batch: _Batch, using: Reduction) -> tuple[di
             row: seen for share, its in zip(shares, done, strict=True) for row, seen in zip(share, its, strict=True)
         }
         looked_at = [found[row] for row in wanted]
-    images: dict[int, bytes] = {}
+    images: dict[int, Image] = {}
     pixels: list[Pixels] = []
     for row, seen in zip(wanted, looked_at, strict=True):
         if isinstance(seen, BadImage):
@@ -494,7 +495,7 @@ def _look_at_all(wanted: list[int], batch: _Batch, using: Reduction) -> tuple[di
     return images, pixels
 
 
-def _look_at(raw: RawRecord | None, using: Reduction) -> tuple[bytes, Pixels] | BadImage:
+def _look_at(raw: RawRecord | None, using: Reduction) -> tuple[Image, Pixels] | BadImage:
     if raw is None:
         raise ValueError("only a pair has an image")
     try:

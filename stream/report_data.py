@@ -500,7 +500,7 @@ def _dropped_shown(row: DroppedRow, key: bytes | None, value: bytes | None, read
             missing = error.reason
         else:
             caption, more = _cut(raw.caption)
-            picture = thumbnail(raw.image) if raw.image is not None else None
+            picture = thumbnail(bytes(raw.image)) if raw.image is not None else None
             missing = "not a picture" if raw.image is not None else "an image elsewhere, not fetched"
     pair_id = row.id[:ID_CHARACTERS]
     return DroppedShown(pair_id, caption, more, row.itm, row.why, row.partition, row.offset, picture, missing)

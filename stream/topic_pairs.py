@@ -54,4 +54,5 @@ def pairs_of_topic(
         if known_by in seen or pair.id.encode() in taken_down:
             continue
         seen.add(known_by)
-        yield SourcePair(pair.id, pair.caption, pair.image, pair.image_uri, pair.fields, place)
+        image = None if pair.image is None else bytes(pair.image)
+        yield SourcePair(pair.id, pair.caption, image, pair.image_uri, pair.fields, place)

@@ -52,6 +52,14 @@ def test_a_raw_pair_is_read_as_fastavro_reads_it(pair: dict[str, Any]) -> None:
     assert read_raw_pair(RAW.encode(pair), HEADER_BYTES) == in_order(RAW, pair)
 
 
+def test_a_large_image_is_read_as_a_view_of_its_record() -> None:
+    pair = {"id": "a", "caption": "a cat", "image": bytes(100_000), "image_uri": None, "fields": {}}
+
+    _, _, image, *_ = read_raw_pair(RAW.encode(pair), HEADER_BYTES)
+
+    assert isinstance(image, memoryview) and image == pair["image"]
+
+
 @given(kept_pairs)
 def test_a_kept_pair_is_written_byte_by_byte_as_fastavro_writes_it(pair: dict[str, Any]) -> None:
     assert KEPT.header + write_kept_pair(*in_order(KEPT, pair)) == KEPT.encode(pair)
