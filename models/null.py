@@ -83,7 +83,7 @@ class NullModel:
 
     def caption(self, vectors: Vectors) -> list[str]:
         """The row's first codes as words."""
-        return [f"codes {' '.join(map(str, row))}" for row in vectors[:, :4].tolist()]
+        return ["codes" + " %d" * len(row) % tuple(row) for row in vectors[:, :4].tolist()]
 
     def _row_hashes(self, vectors: Vectors) -> NDArray[np.uint64]:
         codes = vectors[:, :HASHED_CODES].astype(np.uint64)

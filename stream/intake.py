@@ -94,6 +94,21 @@ class Intake:
             messages = []
         self._polled_at = self._clock()
         restarted, self._started_while_polling = self._started_while_polling, None
+        fresh = self._sorted_out(messages, restarted)
+        self._buffer.extend(fresh)
+        self.buffered_bytes += _weight(fresh)
+        self.received_bytes += sum(map(len, fresh)) + sum([len(message.key() or b"") for message in fresh])
+        # Started inside the call by a callback of the group: what the call returned may come from before or from after it.
+        for partition, offset in restarted.items():
+            self.go_back(partition, offset)
+
+    def _sorted_out(self, messages: list[Message], restarted: Collection[int]) -> list[Message]:
+        """The messages that are ones, and of partitions that we consume; what the others tell is noted. Raises as `poll`."""
+        numbers = {message.partition() for message in messages}
+        errors = [message.error() for message in messages]
+        plain = errors.count(None) == len(errors) and not restarted and not self.at_end
+        if plain and numbers <= self._consumed:  # almost always so
+            return messages
         fresh: list[Message] = []
         for message in messages:
             error = message.error()
@@ -111,12 +126,7 @@ class Intake:
                 fresh.append(message)
                 if self.at_end:
                     self.at_end.pop(partition, None)
-        self._buffer.extend(fresh)
-        self.buffered_bytes += _weight(fresh)
-        self.received_bytes += sum(map(len, fresh)) + sum(len(message.key() or b"") for message in fresh)
-        # Started inside the call by a callback of the group: what the call returned may come from before or from after it.
-        for partition, offset in restarted.items():
-            self.go_back(partition, offset)
+        return fresh
 
     def take(self, count: int) -> list[Message]:
         """The next `count` messages or fewer, in the order of each partition."""

@@ -23,9 +23,9 @@ def partitions_of(keys: Sequence[bytes], partition_count: int) -> NDArray[np.int
 
 def _murmur2(keys: Sequence[bytes]) -> NDArray[np.uint32]:
     count = len(keys)
-    lengths = np.fromiter((len(key) for key in keys), np.int64, count)
+    lengths = np.fromiter(map(len, keys), np.int64, count)
     width = (int(lengths.max(initial=0)) + 4) // 4 * 4
-    padded = np.frombuffer(b"".join(key.ljust(width, b"\0") for key in keys), np.uint8).reshape(count, width)
+    padded = np.frombuffer(b"".join([key.ljust(width, b"\0") for key in keys]), np.uint8).reshape(count, width)
     words = padded.view("<u4")
     whole = lengths // 4
     with np.errstate(over="ignore"):

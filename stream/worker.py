@@ -398,11 +398,16 @@ class Worker:
 
     def _check_keys(self, batch: list[Any]) -> None:
         """Counts records outside their key's murmur2 partition: ids are known only within a partition."""
-        keyed = [(m.key(), m.partition()) for m in batch if m.key() is not None and m.value() is not None]
-        if not keyed:
+        keys = [message.key() for message in batch]
+        if None in keys:
+            batch = [message for message in batch if message.key() is not None]
+            keys = [message.key() for message in batch]
+        if not batch:
             return
-        keys, numbers = zip(*keyed, strict=True)
-        misplaced = int((partitions_of(keys, self.outlet.partition_count) != np.array(numbers)).sum())
+        numbers = np.array([message.partition() for message in batch])
+        elsewhere = partitions_of(keys, self.outlet.partition_count) != numbers
+        # A takedown goes to every partition.
+        misplaced = sum(batch[at].value() is not None for at in np.flatnonzero(elsewhere).tolist())
         if misplaced:
             self.metrics.misplaced_keys.inc(misplaced)
             if not self._warned_of_keys:
