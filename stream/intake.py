@@ -105,9 +105,8 @@ class Intake:
     def _sorted_out(self, messages: list[Message], restarted: Collection[int]) -> list[Message]:
         """The messages that are ones, and of partitions that we consume; what the others tell is noted. Raises as `poll`."""
         numbers = {message.partition() for message in messages}
-        errors = [message.error() for message in messages]
-        plain = errors.count(None) == len(errors) and not restarted and not self.at_end
-        if plain and numbers <= self._consumed:  # almost always so
+        events = any(message.error() is not None for message in messages)
+        if not (events or restarted or self.at_end) and numbers <= self._consumed:  # almost always so
             return messages
         fresh: list[Message] = []
         for message in messages:
