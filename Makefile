@@ -53,12 +53,17 @@ train-sample: corpus ## train the sample bundle anew and measure it on the held-
 	  --captioner .build/captioner --clusters 16 --out bundles/sample
 	$(BIN)/python -m corpus.evaluate --bundle bundles/sample --shards corpus/sample/*.tar --out bundles/FIGURES.md
 
-bench: setup .build/quix-venv/ready ## the engine against Quix Streams and a plain loop, as it grows, with a model; resumes (BENCH=--fresh: anew)
+bench: setup .build/quix-venv/ready .build/kafka-streams/ready ## the engine against Quix Streams, Kafka Streams and a plain loop, as it grows, with a model; resumes (BENCH=--fresh: anew)
 	PYTHONPATH=. $(BIN)/python benchmarks/engine.py $(BENCH)
 
 .build/quix-venv/ready: # it pins an older confluent-kafka than ours
 	$(PYTHON) -m venv .build/quix-venv
 	.build/quix-venv/bin/pip install --quiet 'quixstreams==3.28.1' 'fastavro==1.13.1'
+	@touch $@
+
+.build/kafka-streams/ready: benchmarks/kafka_streams/pom.xml benchmarks/kafka_streams/ReducePairs.java
+	mvn -q -B -f $< dependency:copy-dependencies -DincludeScope=runtime -DoutputDirectory=$(CURDIR)/.build/kafka-streams
+	javac -cp '.build/kafka-streams/*' -d .build/kafka-streams benchmarks/kafka_streams/ReducePairs.java
 	@touch $@
 
 crash: setup ## kill a worker in every window there is; resumes, writes docs/crash-windows.md after each unit

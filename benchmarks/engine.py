@@ -1,4 +1,4 @@
-"""How fast the engine is, with the null model: against Quix Streams, against a plain loop, and as its stores grow.
+"""How fast the engine is, with the null model: against Quix and Kafka Streams, against a plain loop, and as its stores grow.
 
     python benchmarks/engine.py [--small] [--fresh] [--rounds 3] [--quix PYTHON]
 
@@ -48,6 +48,7 @@ HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent / ".build"
 RESULTS = HERE / "results.jsonl"
 QUIX_PYTHON = BUILD / "quix-venv" / "bin" / "python"
+STREAMS_JARS = BUILD / "kafka-streams"  # and the class that was compiled with them
 
 PARTITIONS = 4
 SEED = 7
@@ -60,7 +61,7 @@ LOOK_EVERY_S = 0.05
 SETTLED_AFTER_S = 3.0
 UNIT_TIMEOUT_S = 600.0
 GROWN = (100_000, 10_000_000)  # pairs in the stores
-CONTENDERS = ("ours", "quix, documented", "quix, by hand", "plain loop")
+CONTENDERS = ("ours", "quix, documented", "quix, by hand", "kafka streams", "plain loop")
 
 
 @dataclass
@@ -146,6 +147,9 @@ def command_of(
                 "--metrics-port", "0", "--bootstrap-servers", bootstrap]  # fmt: skip
     if contender == "plain loop":
         return [sys.executable, str(HERE / "plain_loop.py"), bootstrap, data.topic, group, kept]
+    if contender == "kafka streams":
+        return ["java", "-Xmx1g", "-cp", f"{STREAMS_JARS}:{STREAMS_JARS}/*", "ReducePairs", bootstrap, data.topic, group, kept,
+                str(folder), str(SEED)]  # fmt: skip
     way = contender.removeprefix("quix, ").replace(" ", "_")
     return [str(quix), str(HERE / "quix_worker.py"), way, bootstrap, data.topic, group, kept, str(folder), str(SEED)]
 
@@ -409,8 +413,9 @@ def table(results: Results) -> str:
         "",
         "Made by `make bench` (`benchmarks/engine.py`): the null model, four partitions, one process, 2 % duplicates, a "
         "quarter kept, from the first record read to the last one committed. Our engine runs with everything on: pair-codes "
-        "with 196 indices, known ids, changelog, Avro, captions, a synced store. Quix Streams finds the cluster in the record, "
-        "and passes a kept pair on as it came. All keep exactly the ids of the batch reference.",
+        "with 196 indices, known ids, changelog, Avro, captions, a synced store. Quix Streams and Kafka Streams "
+        "(Java, two threads) find the cluster in the record, and pass a kept pair on as it came. "
+        "All keep exactly the ids of the batch reference.",
         "",
         f"Between {when[0]} and {when[-1]}; {cpu_name()}, {os.cpu_count()} cores shared by the broker, the "
         f"contender and whatever else ran: load average {min(u['load'] for u in units.values()):.1f} to "
