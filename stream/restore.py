@@ -76,6 +76,15 @@ def restore(
         if cancelled():
             store.close()
             return None
+        if first > 0 and store.settings() is None:
+            raise DataLoss(
+                f"{topics.changelog}/{number} begins at offset {first}: what the stream had written before was deleted, so "
+                "its state cannot be rebuilt from it. Start a worker on a disk that still has a newer store, or use another "
+                "--stream"
+            )
+        if (store.changelog_position or 0) < end:
+            # A marker or an aborted record may end the changelog. A store that stands behind it is up to date however old.
+            store.apply([], end)
         partition = Partition(store, settings, number)
         next_offset = _where_to_go_on(connection, raw_topic, group, number, committed, partition, continue_after_loss)
         lost = 0

@@ -63,6 +63,7 @@ class StreamWriter:
     model: NullModel = field(default_factory=lambda: NullModel(tokens=8, codebook_size=50, clusters=3))
     kept_settings: Mapping[str, str] = field(default_factory=dict)
     codes_settings: Mapping[str, str] = field(default_factory=dict)
+    changelog_settings: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.topics = StreamTopics(self.name)
@@ -71,6 +72,7 @@ class StreamWriter:
         wanted = self.topics.settings(RECORD_BYTES_MAX)
         wanted[self.topics.kept] |= self.kept_settings
         wanted[self.topics.codes] |= self.codes_settings
+        wanted[self.topics.changelog] |= self.changelog_settings
         create_missing(self.kafka, wanted, self.partitions)
         self.settings = StreamSettings(
             partition_count=self.partitions,

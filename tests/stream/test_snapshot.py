@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 from PIL import Image
 
 from state.quota import Ratio
@@ -24,6 +23,7 @@ from stream.kafka import Connection
 from stream.snapshot import snapshot
 from stream.snapshot_state import read_state
 from stream.stream_view import read_kept, read_view, whole
+from tests.stream.compaction import EAGER, clean_every
 from tests.stream.stream_writer import StreamWriter, raw
 
 
@@ -125,9 +125,8 @@ def test_a_cut_below_the_newest_is_the_set_of_then(kafka: Connection, name: str,
 def test_a_cut_that_compaction_has_eaten_is_refused_with_the_newest_possible_one(
     kafka: Connection, name: str, tmp_path: Path
 ) -> None:
-    eager = {"min.compaction.lag.ms": "0", "segment.ms": "50", "min.cleanable.dirty.ratio": "0.01"}
     clean_every(kafka, 200)
-    with StreamWriter(kafka, name, tmp_path / "state", partitions=1, cap=5, kept_settings=eager) as writer:
+    with StreamWriter(kafka, name, tmp_path / "state", partitions=1, cap=5, kept_settings=EAGER) as writer:
         writer.feed(f"pair {i}" for i in range(60)).run()
         early = read_view(writer.source).cut
         writer.feed(f"more {i}" for i in range(200)).run()
@@ -139,17 +138,6 @@ def test_a_cut_that_compaction_has_eaten_is_refused_with_the_newest_possible_one
         assert bytes_of(tmp_path / "before") == bytes_of(tmp_path / "after")
         with pytest.raises(TldrError, match=f"eaten the cut at offset {early[0]}.*--cut {written(newest)}$"):
             snapshot(writer.source, tmp_path / "early", cut=early)
-
-
-def clean_every(kafka: Connection, interval_ms: int) -> None:
-    """The cleaner's rest between two rounds, 15 s by default."""
-    entry = ConfigEntry(
-        "log.cleaner.backoff.ms", str(interval_ms), incremental_operation=AlterConfigOpType.SET
-    )  # fmt: skip
-    for done in kafka.admin.incremental_alter_configs(
-        [ConfigResource(ResourceType.BROKER, "1", incremental_configs=[entry])]
-    ).values():
-        done.result()
 
 
 def wait_for_compaction(writer: StreamWriter, timeout_s: float = 60) -> None:
