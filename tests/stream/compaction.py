@@ -21,9 +21,7 @@ def set_topic(kafka: Connection, topic: str, **settings: str) -> None:
 
 
 def _alter(kafka: Connection, kind: ResourceType, name: str, settings: dict[str, str]) -> None:
-    entries = [
-        ConfigEntry(key, value, incremental_operation=AlterConfigOpType.SET) for key, value in settings.items()
-    ]
+    entries = [ConfigEntry(key, value, incremental_operation=AlterConfigOpType.SET) for key, value in settings.items()]
     for done in kafka.admin.incremental_alter_configs(
         [ConfigResource(kind, name, incremental_configs=entries)]
     ).values():

@@ -119,7 +119,7 @@ def test_what_was_taken_back_is_dropped_and_what_is_left_stays(
     assert numbers(taken, 1) == list(range(RECORDS))
 
 
-class Telling(Consumer):
+class Telling(Consumer):  # type: ignore[misc]
     """A consumer that puts down which partitions each call of incremental_unassign names."""
 
     def __init__(self, config: dict[str, object]) -> None:
@@ -135,9 +135,7 @@ def test_partitions_that_are_revoked_together_are_given_back_in_one_call(topic: 
     # given: a member of a group that consumes both partitions, and gives them back when it leaves. A second call inside the
     # callback waited for ever, now and then (docs/tried.md); that cannot be had on demand, so the calls are counted.
     consumer = Telling(
-        topic[0].config(
-            group_id=topic[1], partition_assignment_strategy="cooperative-sticky", enable_auto_commit=False
-        )
+        topic[0].config(group_id=topic[1], partition_assignment_strategy="cooperative-sticky", enable_auto_commit=False)
     )
     intake = Intake(consumer, topic[1], bytes_max=1 << 30)
 

@@ -142,13 +142,17 @@ def test_an_open_transaction_is_waited_for(
     writer: StreamWriter, broker: LocalBroker, tmp_path: Path, commits: bool
 ) -> None:
     # given: a restore that has read all there is, and stands before a record whose marker is on its way
-    looks: list[None] = []
+    looks = 0
+
+    def look() -> bool:
+        nonlocal looks
+        looks += 1
+        return False
+
     key, value = forgotten_key(SOMEBODY), encode_forgotten(0)
     with open_transaction(writer, key, value) as producer, ThreadPoolExecutor(1) as thread:
-        future: Future[Restored] = thread.submit(
-            restored, writer, tmp_path / "restored", cancelled=lambda: bool(looks.append(None))
-        )
-        until(lambda: len(looks) > 5, "the restore looks again and again")
+        future: Future[Restored] = thread.submit(restored, writer, tmp_path / "restored", cancelled=look)
+        until(lambda: looks > 5, "the restore looks again and again")
         assert not future.done()
 
         # when
@@ -283,9 +287,7 @@ def test_a_state_whose_beginning_is_deleted_is_not_taken_for_a_whole_one(
         restored(writer, folder)
 
 
-def test_a_store_above_the_log_s_start_needs_nothing_from_before_it(
-    writer: StreamWriter, tmp_path: Path
-) -> None:
+def test_a_store_above_the_log_s_start_needs_nothing_from_before_it(writer: StreamWriter, tmp_path: Path) -> None:
     folder = copy_of_the_store(writer, tmp_path / "restored")
     end = true_end(writer)
     writer.feed(f"more-{n}" for n in range(20)).run()
