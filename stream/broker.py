@@ -22,6 +22,7 @@ from stream.errors import TldrError, Unavailable
 
 START_TIMEOUT_S = 60.0
 LOGGING_FILE = "log4j2.properties"
+METADATA = "logs/__cluster_metadata-0"
 STOP_TIMEOUT_S = 30.0
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -48,6 +49,23 @@ group.initial.rebalance.delay.ms=0
 offsets.topic.num.partitions=4
 transaction.state.log.num.partitions=4
 """
+
+# A controller alone, on the data of a server that was killed. It takes a broker for dead at once, where the server's own
+# waits 9 s.
+CONTROLLER_PROPERTIES = """\
+process.roles=controller
+node.id=1
+controller.quorum.voters=1@127.0.0.1:{controller_port}
+listeners=CONTROLLER://127.0.0.1:{controller_port}
+controller.listener.names=CONTROLLER
+log.dirs={logs}
+broker.session.timeout.ms=200
+broker.heartbeat.interval.ms=100
+controller.quorum.append.linger.ms=0
+"""
+# What it says then. A broker that was killed before it served anything has nothing to lose, and is not waited for.
+FENCED = b"Fencing broker 1 "
+FENCE_TIMEOUT_S = 20.0
 
 
 # Without a configuration log4j says nothing but errors; the file is written beside the server's own.
@@ -118,22 +136,9 @@ class LocalBroker:
                 raise TldrError(
                     f"port {self.port} is taken ({error.strerror}): give another one with --port"
                 ) from error
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [
-                    java,
-                    f"-Xmx{self.heap_mb}m",
-                    "-XX:+UseSerialGC",
-                    f"-Dlog4j2.configurationFile={self.data.resolve() / LOGGING_FILE}",
-                    "-cp",
-                    f"{jars}/*",
-                    "kafka.Kafka",
-                    str(config),
-                ],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        if self._was_killed():
+            self._fence_its_predecessor(java, jars)
+        self._process = self._launch(java, jars, config)
         self._wait_until_it_listens()
 
     def stop(self) -> None:
@@ -157,6 +162,56 @@ class LocalBroker:
     def wait(self) -> int:
         """Waits until the server ends by itself; its exit status."""
         return self._process.wait() if self._process else 0
+
+    def _launch(self, java: str, jars: Path, config: Path) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                [
+                    java,
+                    f"-Xmx{self.heap_mb}m",
+                    "-XX:+UseSerialGC",
+                    f"-Dlog4j2.configurationFile={self.data.resolve() / LOGGING_FILE}",
+                    "-cp",
+                    f"{jars}/*",
+                    "kafka.Kafka",
+                    str(config),
+                ],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def _was_killed(self) -> bool:
+        """Whether there is data of a server that did not close it."""
+        return (self.data / METADATA).exists() and not (self.data / "logs" / ".kafka_cleanshutdown").exists()
+
+    def _fence_its_predecessor(self, java: str, jars: Path) -> None:
+        """Lets a controller alone declare the killed broker dead, before a new one begins to work on its data.
+
+        A server that starts again within 9 s takes itself for the leader that it was, until its own controller fences that
+        one. A transaction whose markers are due in that moment loses them for good, since a partition without a leader looks
+        like a deleted one (KAFKA-20734, in 4.4.0): its readers would wait for ever.
+        """
+        config = self.data / "controller.properties"
+        config.write_text(CONTROLLER_PROPERTIES.format(controller_port=free_port(), logs=self.data / "logs"))
+        begins_at = self.log.stat().st_size if self.log.exists() else 0
+        controller = self._launch(java, jars, config)
+        fenced_at: int | None = None  # the size of the controller's log when the broker was said to be dead
+        deadline = time.monotonic() + FENCE_TIMEOUT_S
+        try:
+            while controller.poll() is None and time.monotonic() < deadline:
+                size = sum(file.stat().st_size for file in (self.data / METADATA).glob("*.log"))
+                # It is said before it is written; an idle controller writes twice a second, and in order.
+                if fenced_at is not None and size > fenced_at:
+                    return
+                with self.log.open("rb") as log:
+                    log.seek(begins_at)
+                    if fenced_at is None and FENCED in log.read():
+                        fenced_at = size
+                time.sleep(0.02)
+        finally:
+            controller.kill()
+            controller.wait()
 
     def _configure(self, java: str, jars: Path) -> Path:
         config = self.data / "server.properties"

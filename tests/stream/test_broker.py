@@ -16,6 +16,7 @@ import pytest
 from stream.broker import LocalBroker, free_port, local_broker
 from stream.errors import TldrError
 from stream.kafka import Connection, create_missing, end_offsets, partition_counts, read_partition
+from tests.end_to_end.worker_process import until
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,35 @@ def test_it_starts_on_a_free_port_and_survives_a_restart_with_its_data(folder: P
         end = end_offsets(again, "kept", [2])[2]
         (record,) = [m for batch in read_partition(again, "kept", 2, 0, end) for m in batch]
         assert (record.key(), len(record.value())) == (b"key", 5_000_000)
+
+
+def test_transactions_that_a_kill_cut_off_hold_no_reader_back_once_the_broker_is_back(folder: Path) -> None:
+    # given: open transactions whose time is over when the broker is back. One that took itself for the leader that it was
+    # would lose the markers of some of them (KAFKA-20734).
+    sweep = {"transaction.abort.timed.out.transaction.cleanup.interval.ms": "200"}
+    broker = LocalBroker(folder / "killed", properties=sweep)
+    broker.start()
+    try:
+        create_missing(Connection(broker.bootstrap_servers), {"cut-off": {}}, 5)
+        for p in range(5):
+            producer = Connection(broker.bootstrap_servers).producer(
+                transactional_id=f"writer-{p}", transaction_timeout_ms=1000, socket_timeout_ms=1000
+            )
+            producer.init_transactions(30)
+            producer.begin_transaction()
+            producer.produce("cut-off", b"value", b"key", p)
+            assert producer.flush(10) == 0
+
+        # when
+        broker.kill()
+        broker.start()
+
+        # then
+        kafka = Connection(broker.bootstrap_servers)
+        stable, end = (lambda c=c: end_offsets(kafka, "cut-off", range(5), committed=c) for c in (True, False))
+        until(lambda: stable() == end(), "every transaction is aborted", timeout_s=20)
+    finally:
+        broker.kill()
 
 
 @pytest.fixture
