@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 DEFAULT_DELETE_RETENTION_MS = 24 * 3600 * 1000
 # Below this a wait is ordinary (a commit's markers on their way) and not worth a line.
 WAIT_NOTICE_S = 2.0
+# No worker's transaction is open for longer than its time-out (10 s by default) and the broker's sweep (10 s).
+HANGING_NOTICE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def restore(
     try:
         start = max(store.changelog_position or 0, first)
         replayed = 0
-        notice = _Notice(topics.changelog, number, end)
+        notice = _Notice(connection, topics.changelog, number, end)
         for messages in read_partition(
             connection, topics.changelog, number, start, end, batch=10_000, cancelled=cancelled, waiting=notice.waiting
         ):
@@ -98,20 +100,30 @@ def restore(
 
 
 class _Notice:
-    """Says what a restore waits for, once it takes longer than a moment."""
+    """Says what a restore waits for, once it takes longer than a moment, and what to do once it takes too long."""
 
-    def __init__(self, topic: str, partition: int, end: int) -> None:
-        self.place, self.end = f"{topic}/{partition}", end
+    def __init__(self, connection: Connection, topic: str, partition: int, end: int) -> None:
+        self.bootstrap_servers = connection.bootstrap_servers
+        self.topic, self.partition, self.end = topic, partition, end
         self.since: float | None = None
-        self.said = False
+        self.said = 0.0  # the longest wait that was told of
 
     def waiting(self, position: int) -> None:
         self.since = self.since or time.monotonic()
-        if not self.said and time.monotonic() - self.since > WAIT_NOTICE_S:
-            self.said = True
+        waited_s = time.monotonic() - self.since
+        if waited_s > WAIT_NOTICE_S and not self.said:
+            self.said = WAIT_NOTICE_S
             log.info(
-                "%s: waiting at offset %d of %d for an open transaction to end (its worker's transaction time-out)",
-                self.place, position, self.end,
+                "%s/%d: waiting at offset %d of %d for an open transaction to end (its worker's transaction time-out)",
+                self.topic, self.partition, position, self.end,
+            )  # fmt: skip
+        if waited_s > HANGING_NOTICE_S and self.said < HANGING_NOTICE_S:
+            self.said = HANGING_NOTICE_S
+            log.warning(
+                "%s/%d: still waiting at offset %d for a transaction that nobody seems to end. If its producer is gone, the "
+                "broker has lost the transaction's marker (docs/reference.md, A transaction that hangs): "
+                "`kafka-transactions.sh --bootstrap-server %s abort --topic %s --partition %d --start-offset %d` ends it",
+                self.topic, self.partition, position, self.bootstrap_servers, self.topic, self.partition, position,
             )  # fmt: skip
 
 
