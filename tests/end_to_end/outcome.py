@@ -1,11 +1,7 @@
-"""Raw pairs into a topic, and what a stream made of them, read back from its topics and held against the batch reference.
-
-Each way to be wrong has a name, and `anomalies` counts them (Jepsen's manner).
-"""
+"""Raw pairs into a topic, and what a stream made of them, read back from its topics; what may not be, the checker counts."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -14,8 +10,6 @@ from typing import Any
 
 from state.partition import Fate
 from state.partition_store import PartitionStore
-from stream.batch_tldr import Outcome as Expected
-from stream.batch_tldr import Row, reduce_partition
 from stream.errors import TldrError
 from stream.kafka import Connection, create_missing, end_offsets
 from stream.murmur2 import partitions_of
@@ -33,7 +27,8 @@ from stream.stream_view import (
     whole,
 )
 from stream.topics import StreamTopics
-from tests.end_to_end.checker import StoreContent
+from tests.end_to_end import checker
+from tests.end_to_end.checker import StoreContent, check
 
 NAMES = {
     Fate.KEPT: "kept",
@@ -43,10 +38,8 @@ NAMES = {
     Fate.DUPLICATE: "duplicate",
     Fate.FORGOTTEN: "forgotten",
 }
-COUNTED = (Fate.KEPT, Fate.OVER_QUOTA, Fate.OVER_CAP)
-NO_ANOMALY = dict.fromkeys(
-    ("lost", "counted_twice", "captioned_twice", "differs_from_batch", "kept_without_a_caption", "taken_back"), 0
-)
+
+NO_ANOMALY = checker.NO_ANOMALY
 
 
 @dataclass(frozen=True)
@@ -102,8 +95,9 @@ class Outcome:
     rows: list[CodesRow]
     kept: list[KeptRecord]
     dead: list[tuple[DeadLetterSeen, Any]]
-    ends: dict[int, int]  # of the raw topic
     codec: Codec
+    bootstrap_servers: str
+    raw_topic: str
 
     @property
     def newest(self) -> dict[tuple[int, str], KeptRecord]:
@@ -129,56 +123,9 @@ class Outcome:
         ]
         return [fate for _, _, fate in sorted(found)]
 
-    def expected(self) -> tuple[dict[str, int], dict[tuple[int, int], Expected]]:
-        """The batch reference's reduced set (id → partition) and the outcome of every row, from the recorded rows."""
-        settings = self.view.settings
-        reduced: dict[str, int] = {}
-        outcomes: dict[tuple[int, int], Expected] = {}
-        # A looked-at image has a cluster; a duplicate's is not recorded, and it cannot matter.
-        takedowns = self._takedowns()
-        for p in self.view.partitions:
-            rows = [
-                Row(row.offset, row.id, None if (p, row.offset) in takedowns else row.cluster, row.itm)
-                for row in sorted(self.rows, key=lambda row: row.offset)
-                if row.partition == p
-            ]
-            kept, found = reduce_partition(
-                rows, seed=settings.seed, partition=p, p=settings.ratio.p, q=settings.ratio.q, cap=settings.cell_cap,
-                window=settings.dedupe_window, gate=settings.gate,
-            )  # fmt: skip
-            reduced |= dict.fromkeys(kept, p)
-            outcomes |= {(p, offset): outcome for offset, outcome in found.items()}
-        return reduced, outcomes
-
-    def _takedowns(self) -> set[tuple[int, int]]:
-        # The first forgotten row of an id is its takedown; the rest is forgotten because of it.
-        first: dict[tuple[int, str], int] = {}
-        for row in sorted(self.rows, key=lambda row: row.offset):
-            if row.fate == Fate.FORGOTTEN:
-                first.setdefault((row.partition, row.id), row.offset)
-        return {(p, offset) for (p, _), offset in first.items()}
-
     def anomalies(self) -> dict[str, int]:
-        """How often each thing that never may happen has happened (`NO_ANOMALY` if never)."""
-        places = Counter([(r.partition, r.offset) for r in self.rows] + [(s.partition, s.offset) for s, _ in self.dead])
-        every = {(p, offset) for p, end in self.ends.items() for offset in range(end)}
-        settings = self.view.settings
-        counted = Counter((r.partition, r.id) for r in self.rows if r.fate in COUNTED)
-        kept_rows = {(r.partition, r.offset): r.id for r in self.rows if r.fate == Fate.KEPT}
-        captions = Counter((k.partition, k.cause) for k in self.kept if k.value is not None)
-        reduced, outcomes = self.expected()
-        differ = sum(outcomes[r.partition, r.offset].fate != NAMES[r.fate] for r in self.rows)
-        removed = {(r.partition, gone) for r in self.rows for gone in r.removed}
-        tombstones = {(k.partition, k.id) for k in self.kept if k.value is None}
-        return {
-            "lost": len(every - places.keys()),
-            "counted_twice": sum(n - 1 for n in places.values())
-            + (sum(n - 1 for n in counted.values()) if settings.dedupe_window is None else 0),
-            "captioned_twice": sum(n - 1 for n in captions.values()),
-            "differs_from_batch": differ + len(reduced.keys() ^ self.reduced_set.keys()),
-            "kept_without_a_caption": len(kept_rows.keys() ^ captions.keys()),
-            "taken_back": len(removed ^ tombstones),
-        }
+        """How often each thing that never may happen has happened (`NO_ANOMALY` if never), as the checker counts it."""
+        return check(self.bootstrap_servers, self.raw_topic, stream=self.view.topics.name).anomalies
 
 
 def outcome_of(kafka: Connection, topic: str, stream: str | None = None) -> Outcome:
@@ -191,8 +138,9 @@ def outcome_of(kafka: Connection, topic: str, stream: str | None = None) -> Outc
         list(read_codes(source, whole(kafka, source.topics.codes, numbers), below=view.cut)),
         [r for batch in read_kept(source, whole(kafka, source.topics.kept, numbers)) for r in batch],
         list(read_dead_letters(source, whole(kafka, source.topics.dead, numbers))),
-        end_offsets(kafka, topic, numbers),
         source.codec("KeptPair"),
+        kafka.bootstrap_servers,
+        topic,
     )
 
 

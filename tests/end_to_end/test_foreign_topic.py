@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 from stream.kafka import Connection
-from tests.end_to_end.outcome import NO_ANOMALY, create_topic, outcome_of
-from tests.end_to_end.worker_process import null_worker, worker
+from tests.end_to_end.outcome import create_topic, outcome_of
+from tests.end_to_end.worker_process import null_worker, run_command, worker
 
 PAIRS = 60
 FIELDS = ("--raw-format", "json", "--field", "id=url", "--field", "image=media.content", "--field", "caption=alt")
@@ -36,7 +36,8 @@ def test_a_json_topic_is_reduced_by_the_names_that_the_user_gives(kafka: Connect
 
     # then: ids and source fields are the user's, the duplicate counted once, the bad record a dead letter
     outcome = outcome_of(kafka, name)
-    assert outcome.anomalies() == NO_ANOMALY
+    _, output = run_command("verify", "--topic", name, "--bootstrap-servers", kafka.bootstrap_servers)
+    assert "nothing differs" in output, output  # no bundle tells what cluster a null model's vector is in
     assert outcome.reduced_set
     for pair_id, pair in outcome.reduced_set.items():
         assert pair_id.startswith("https://example.org/")
