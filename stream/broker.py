@@ -63,9 +63,9 @@ broker.session.timeout.ms=200
 broker.heartbeat.interval.ms=100
 controller.quorum.append.linger.ms=0
 """
-# What it says then. A broker that was killed before it served anything has nothing to lose, and is not waited for.
-FENCED = b"Fencing broker 1 "
-FENCE_TIMEOUT_S = 20.0
+# What it says then. It says nothing where the broker counted as dead already (killed while it started).
+FENCED, STARTED = b"Fencing broker 1 ", b"Kafka Server started"
+FENCE_TIMEOUT_S, FENCE_AFTER_START_S = 20.0, 2.0
 
 
 # Without a configuration log4j says nothing but errors; the file is written beside the server's own.
@@ -206,8 +206,11 @@ class LocalBroker:
                     return
                 with self.log.open("rb") as log:
                     log.seek(begins_at)
-                    if fenced_at is None and FENCED in log.read():
-                        fenced_at = size
+                    said = log.read()
+                if fenced_at is None and FENCED in said:
+                    fenced_at = size
+                if STARTED in said:
+                    deadline = min(deadline, time.monotonic() + FENCE_AFTER_START_S)
                 time.sleep(0.02)
         finally:
             controller.kill()
