@@ -42,6 +42,6 @@ class Fenced(Stopped):
 
 
 class DataLoss(Stopped):
-    """Input that the stream has not processed is no longer on the broker. Exit status 8."""
+    """Input that the stream has not processed, or its changelog's beginning, is no longer on the broker. Exit status 8."""
 
     exit_status = 8

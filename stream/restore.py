@@ -58,7 +58,7 @@ def restore(
     The end is read *uncommitted*: a transaction whose markers are still on their way, or that a dead worker left open, is
     waited for. Input that is gone is an error, or with `continue_after_loss` counted as lost and passed over.
     Returns None if cancelled. Raises TldrError (other settings, a reset group offset), DataLoss (input that
-    was not processed is gone), StateError.
+    was not processed is gone, or the beginning of the changelog), StateError.
     """
     began = time.monotonic()
     # First: it waits for transactions with pending offsets, whose records then lie before the end that is asked for next.
