@@ -1,6 +1,6 @@
 """How soon a killed worker processes again, and how long a restore takes: by the tail, not by the store (`make restart`).
 
-    python benchmarks/restart.py [--pairs 50000] [--rounds 5]
+    python benchmarks/restart.py [--pairs 20000] [--rounds 5]
 
 Restart: a static member is killed (-9) and started again at once, with the null model and with the sample bundle; the clock
 runs from its start, and from "models loaded", to its first commit. Restore: the changelogs of a stream and of one that has
@@ -61,7 +61,7 @@ Written by `make restart` ({date}, {cores} cores, load average {load:.1f} when i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=50_000, help="counted pairs of the smaller store")
+    parser.add_argument("--pairs", type=int, default=20_000, help="counted pairs of the smaller store")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     page = HEAD.format(date=f"{datetime.now(UTC):%Y-%m-%d}", cores=os.cpu_count(), load=os.getloadavg()[0])
@@ -272,7 +272,9 @@ def restored(connection: Connection, folder: Path, stream: Written, *, from_its_
     path = folder / stream.name / "restored"
     if from_its_store:
         shutil.copytree(stream.store, path)
-        os.sync()  # else the first commit of the restore would write the whole copy to the disk
+        for file in path.iterdir():  # else the first commit of the restore would write the whole copy to the disk
+            with file.open("rb") as copied:
+                os.fsync(copied.fileno())
     began = time.monotonic()
     done = restore(connection, StreamTopics(stream.name), stream.name, stream.name, stream.settings, 0, path)
     if done is None or done.rebuilt == from_its_store:
