@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from confluent_kafka import Producer, TopicPartition
+from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
 
 from state.changelog import ENTRY, encode_forgotten, forgotten_key
 from state.partition_store import PartitionStore
@@ -246,9 +246,21 @@ def test_a_store_older_than_the_tombstones_that_compaction_has_eaten_is_rebuilt(
 
 
 def delete_changelog_before(writer: StreamWriter, offset: int) -> None:
-    set_topic(writer.kafka, writer.topics.changelog, cleanup_policy="compact,delete")  # else a broker refuses
-    for done in writer.kafka.admin.delete_records([TopicPartition(writer.topics.changelog, 0, offset)]).values():
-        done.result()
+    set_topic(writer.kafka, writer.topics.changelog, cleanup_policy="compact,delete")
+
+    def deleted() -> bool:
+        try:
+            for done in writer.kafka.admin.delete_records(
+                [TopicPartition(writer.topics.changelog, 0, offset)]
+            ).values():
+                done.result()
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError.POLICY_VIOLATION:  # the policy comes into force a little later
+                raise
+            return False
+        return True
+
+    until(deleted, "the broker deletes records")
 
 
 def test_a_store_below_the_log_s_start_is_rebuilt(writer: StreamWriter, tmp_path: Path) -> None:
