@@ -237,7 +237,8 @@ class LocalBroker:
                 check=False,
             )
             if done.returncode:
-                raise TldrError(f"cannot format {self.data} for Kafka: {done.stderr.strip().splitlines()[-1:]}")
+                reason = next(iter(done.stderr.strip().splitlines()), "no reason given")  # a stack trace follows it
+                raise TldrError(f"cannot format {self.data} for Kafka: {reason}")
         return config
 
     def _wait_until_it_listens(self) -> None:
