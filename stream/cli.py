@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.main
 
-from stream.command import JobCommand, JobGroup
+from stream.command import JobCommand, JobGroup, fail_on_the_command_line
 
 if TYPE_CHECKING:
     from stream.stream_view import StreamSource
@@ -33,10 +33,33 @@ def _top() -> None:
 
 
 # Options that many commands share, so that they read the same everywhere.
+def _no_secret_setting(ctx: typer.Context, param: typer.CallbackParam, value: list[str] | None) -> list[str] | None:
+    from stream.secrets import is_secret
+
+    for key in (each.partition("=")[0].strip() for each in value or ()):
+        if is_secret(key):
+            remedy = "put it into the file of --kafka-properties, or into TLDR_KAFKA"
+            fail_on_the_command_line(ctx, param, f"--kafka {key}=… is a secret: {remedy}")
+    return value
+
+
+def _no_secret_url(ctx: typer.Context, param: typer.CallbackParam, value: str | None) -> str | None:
+    from stream.secrets import has_password
+
+    if value and has_password(value):
+        remedy = "set TLDR_SCHEMA_REGISTRY, or give basic.auth.user.info in the file of --schema-registry-properties"
+        fail_on_the_command_line(ctx, param, f"--schema-registry with a password in its URL is a secret: {remedy}")
+    return value
+
+
 BootstrapServers = Annotated[str, typer.Option(help="Kafka brokers, host:port[,host:port…].")]
 KafkaSettings = Annotated[
     list[str] | None,
-    typer.Option("--kafka", help="Any librdkafka setting, key=value; repeatable. Secrets belong in a file."),
+    typer.Option(
+        "--kafka",
+        callback=_no_secret_setting,
+        help="Any librdkafka setting, key=value; repeatable. Secrets belong in the file.",
+    ),
 ]
 KafkaProperties = Annotated[
     Path | None, typer.Option(help="File of librdkafka settings, key=value a line; never shown anywhere.")
@@ -48,7 +71,10 @@ Stream = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 SchemaRegistry = Annotated[
-    str | None, typer.Option(help="Confluent Schema Registry URL; records are then framed in its wire format.")
+    str | None,
+    typer.Option(
+        callback=_no_secret_url, help="Confluent Schema Registry URL; records are then framed in its wire format."
+    ),
 ]
 SchemaRegistryProperties = Annotated[
     Path | None, typer.Option(help="File of the registry client's settings, key=value a line; never shown anywhere.")
@@ -409,6 +435,7 @@ def status(
     kafka_properties: KafkaProperties = None,
     schemas: Schemas = None,
     schema_registry: SchemaRegistry = None,
+    schema_registry_properties: SchemaRegistryProperties = None,
     json: Json = False,
 ) -> None:
     """Show what a stream is doing, live: lag, keep-rate, cells, ITM, errors, and arithmetic that adds up.
@@ -421,7 +448,17 @@ def status(
     from stream.status import StatusReader, watch
 
     reader = StatusReader(
-        _source(topic, stream, bootstrap_servers, kafka, kafka_properties, schemas, schema_registry), topic
+        _source(
+            topic,
+            stream,
+            bootstrap_servers,
+            kafka,
+            kafka_properties,
+            schemas,
+            schema_registry,
+            schema_registry_properties,
+        ),
+        topic,
     )
     if json or once or not sys.stdout.isatty():
         show(reader.read(), json)
@@ -457,6 +494,7 @@ def report(
     ] = None,
     schemas: Schemas = None,
     schema_registry: SchemaRegistry = None,
+    schema_registry_properties: SchemaRegistryProperties = None,
     json: Json = False,
 ) -> None:
     """Write pictures of what a stream did into one HTML file that needs nothing else.
@@ -468,7 +506,9 @@ def report(
     from stream.report import report as job
     from stream.results import show
 
-    source = _source(topic, stream, bootstrap_servers, kafka, kafka_properties, schemas, schema_registry)
+    source = _source(
+        topic, stream, bootstrap_servers, kafka, kafka_properties, schemas, schema_registry, schema_registry_properties
+    )
     reader = raw_reader(raw_format, field or (), schemas or (), raw_schema, source.registry)
     show(job(ReportOptions(source, topic, out, reader, bundle, clusters, seed)), json)
 
@@ -552,6 +592,7 @@ def snapshot(
     kafka_properties: KafkaProperties = None,
     schemas: Schemas = None,
     schema_registry: SchemaRegistry = None,
+    schema_registry_properties: SchemaRegistryProperties = None,
     json: Json = False,
 ) -> None:
     """Freeze the reduced set at one consistent cut, for training. The same cut gives the same bytes.
@@ -563,7 +604,9 @@ def snapshot(
     from stream.results import show
     from stream.snapshot import snapshot as take
 
-    source = _source(topic, stream, bootstrap_servers, kafka, kafka_properties, schemas, schema_registry)
+    source = _source(
+        topic, stream, bootstrap_servers, kafka, kafka_properties, schemas, schema_registry, schema_registry_properties
+    )
     taken = take(
         source,
         out,
@@ -598,6 +641,7 @@ def verify(
     kafka_properties: KafkaProperties = None,
     schemas: Schemas = None,
     schema_registry: SchemaRegistry = None,
+    schema_registry_properties: SchemaRegistryProperties = None,
     json: Json = False,
 ) -> None:
     """Compare the stream with the batch reference: 0 missing, 0 extra, or the pairs that differ.
@@ -615,7 +659,9 @@ def verify(
     if model not in ("bundle", "null"):
         raise TldrError(f"--model {model}: use `bundle` or `null`")
     taken = read_state(from_) if from_ is not None else None
-    source = _source(topic, stream, bootstrap_servers, kafka, kafka_properties, schemas, schema_registry)
+    source = _source(
+        topic, stream, bootstrap_servers, kafka, kafka_properties, schemas, schema_registry, schema_registry_properties
+    )
     found = compare(source, topic, models_of(source, bundle, null=model == "null"), taken=taken)
     show(found, json)
     found.raise_for_status()
@@ -631,6 +677,7 @@ def explain(
     kafka_properties: KafkaProperties = None,
     schemas: Schemas = None,
     schema_registry: SchemaRegistry = None,
+    schema_registry_properties: SchemaRegistryProperties = None,
     json: Json = False,
 ) -> None:
     """Tell why a pair was kept, dropped, evicted, forgotten or dead-lettered.
@@ -641,7 +688,19 @@ def explain(
     from stream.results import show
 
     show(
-        look_up(_source(topic, stream, bootstrap_servers, kafka, kafka_properties, schemas, schema_registry), pair_id),
+        look_up(
+            _source(
+                topic,
+                stream,
+                bootstrap_servers,
+                kafka,
+                kafka_properties,
+                schemas,
+                schema_registry,
+                schema_registry_properties,
+            ),
+            pair_id,
+        ),
         json,
     )
 
@@ -654,6 +713,7 @@ def _source(
     kafka_properties: Path | None,
     schemas: list[Path] | None = None,
     schema_registry: str | None = None,
+    schema_registry_properties: Path | None = None,
 ) -> StreamSource:
     """Where a command that only reads finds the stream."""
     from stream.kafka import Connection
@@ -661,10 +721,10 @@ def _source(
     from stream.topics import StreamTopics
 
     registry = None
-    if schema_registry:
-        from stream.schema_registry import ConfluentRegistry
+    if schema_registry or schema_registry_properties:
+        from stream.schema_registry import open_registry
 
-        registry = ConfluentRegistry(schema_registry)
+        registry = open_registry(schema_registry, schema_registry_properties)
     connection = Connection.of(bootstrap_servers, kafka or (), kafka_properties)
     return StreamSource(connection, StreamTopics(stream or topic), tuple(schemas or ()), registry)
 
@@ -712,6 +772,7 @@ def train(
     kafka: KafkaSettings = None,
     kafka_properties: KafkaProperties = None,
     schema_registry: SchemaRegistry = None,
+    schema_registry_properties: SchemaRegistryProperties = None,
     json: Json = False,
 ) -> None:
     """Train a codebook captioner (the paper's stage 1); `bootstrap` makes a bundle of it. Typed again after a kill, it goes on.
@@ -728,7 +789,9 @@ def train(
         from stream.raw_format import raw_reader
         from stream.topic_pairs import pairs_of_topic
 
-        source = _source(topic, None, bootstrap_servers, kafka, kafka_properties, None, schema_registry)
+        source = _source(
+            topic, None, bootstrap_servers, kafka, kafka_properties, None, schema_registry, schema_registry_properties
+        )
         reader = raw_reader(raw_format, field or (), registry=source.registry)
         topic_pairs = partial(pairs_of_topic, source.connection, topic, reader, records)
     result = job(

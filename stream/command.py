@@ -88,6 +88,12 @@ class JobGroup(TyperGroup):
             fail(f"{error.format_message().rstrip('.')} (see tldr-stream --help)", USER_ERROR_STATUS)
 
 
+def fail_on_the_command_line(ctx: typer.Context, param: typer.CallbackParam, message: str) -> None:
+    """Refuses a value that stands on the command line; the environment and a file may hold it."""
+    if param.name and ctx.get_parameter_source(param.name) == _click.core.ParameterSource.COMMANDLINE:
+        fail(f"{message}; the command line is shown to everybody on this machine (ps)", USER_ERROR_STATUS)
+
+
 def fail(message: str, status: int) -> NoReturn:
     """Prints one line and leaves with `status`."""
     line = " ".join(message.split())

@@ -263,6 +263,27 @@ def test_secrets_from_a_properties_file_are_never_shown(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "setting",
+    [
+        "sasl.password", "ssl.key.password", "ssl.key.pem", "ssl.keystore.password", "sasl.oauthbearer.client.secret",
+        "sasl.oauthbearer.config", "sasl.oauthbearer.assertion.private.key.passphrase",
+    ],
+)  # fmt: skip
+def test_a_secret_on_the_command_line_is_refused_with_where_it_belongs(tmp_path: Path, setting: str) -> None:
+    line = refusal(tmp_path, "--kafka", f"client.id=x,{SECRET}", "--kafka", f"{setting}={SECRET}")
+
+    assert setting in line and "--kafka-properties" in line
+    assert SECRET not in line
+
+
+def test_a_registry_s_password_on_the_command_line_is_refused(tmp_path: Path) -> None:
+    line = refusal(tmp_path, "--schema-registry", f"https://me:{SECRET}@127.0.0.1:1")
+
+    assert "TLDR_SCHEMA_REGISTRY" in line
+    assert SECRET not in line
+
+
+@pytest.mark.parametrize(
     "line",
     [f"sasl.password:{SECRET}", f"security.protocol={SECRET}", f"no.such.setting={SECRET}", f"group.id={SECRET}"],
 )
