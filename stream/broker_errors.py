@@ -31,13 +31,22 @@ _FENCED = frozenset(
         KafkaError.UNRELEASED_INSTANCE_ID,
     }
 )
-# Somebody has to put these right; until then every transaction would fail like this one.
-_REFUSED = frozenset(
+# An ACL is missing (KIP-11).
+_NO_RIGHT = frozenset(
     {
         KafkaError.TOPIC_AUTHORIZATION_FAILED,
         KafkaError.GROUP_AUTHORIZATION_FAILED,
         KafkaError.CLUSTER_AUTHORIZATION_FAILED,
         KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
+    }
+)
+# The broker does not let this client in, or this client does not trust the broker.
+_NO_ENTRY = frozenset({KafkaError._AUTHENTICATION, KafkaError._SSL, KafkaError.SASL_AUTHENTICATION_FAILED})
+# TLS 1.3 tells a client what is wrong with its certificate only once it begins to talk: a transport error to librdkafka.
+_TLS_ALERT = "SSL alert number"
+# Somebody has to put these right; until then every transaction would fail like this one.
+_REFUSED = _NO_RIGHT | frozenset(
+    {
         KafkaError.INVALID_TRANSACTION_TIMEOUT,
         KafkaError.UNSUPPORTED_VERSION,
         KafkaError.UNSUPPORTED_FOR_MESSAGE_FORMAT,
@@ -66,6 +75,16 @@ def course_of(error: KafkaError) -> Course:
     if error.retriable() and not error.txn_requires_abort():
         return Course.REPEAT
     return Course.ABORT
+
+
+def lacks_right(error: KafkaError) -> bool:
+    """Whether it means that the broker's ACLs do not allow it."""
+    return error.code() in _NO_RIGHT
+
+
+def refuses_entry(error: KafkaError) -> bool:
+    """Whether it means that there will be no connection with these settings; librdkafka tries for ever all the same."""
+    return error.code() in _NO_ENTRY or _TLS_ALERT in error.str()
 
 
 def says_fenced(error: KafkaError) -> bool:

@@ -10,11 +10,21 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from confluent_kafka import KafkaException
+from confluent_kafka import KafkaError, KafkaException
 
+from stream.acl import Right
 from stream.errors import TldrError, Unavailable
-from stream.kafka import Connection, create_missing, end_offsets, partition_counts, read_partition, start_offsets
+from stream.kafka import (
+    Connection,
+    create_missing,
+    end_offsets,
+    partition_counts,
+    read_partition,
+    refused,
+    start_offsets,
+)
 from stream.records import Codec
+from stream.rights import check_rights
 from stream.topics import BUNDLES
 
 DELIVERY_TIMEOUT_S = 30.0
@@ -39,17 +49,25 @@ class Announcement:
 
 def announce(connection: Connection, uri: str, version: str, space: str, stream: str = "") -> Announcement:
     """Announces the bundle at `uri` to the workers of `stream` ("" = of any). Creates the topic if it is missing."""
+    check_rights(connection, "bundle announce")
     create_missing(connection, {BUNDLES: {"cleanup.policy": "compact"}}, 1)
     announcement = Announcement(version, uri, space, stream, int(time.time() * 1000))
+    failures: list[KafkaError] = []
     producer = connection.producer(acks="all")
     try:
-        producer.produce(BUNDLES, Codec("BundleAnnouncement").encode(asdict(announcement)), version.encode(), 0)
+        producer.produce(
+            BUNDLES, Codec("BundleAnnouncement").encode(asdict(announcement)), version.encode(), 0,
+            on_delivery=lambda error, message: failures.append(error) if error is not None else None,
+        )  # fmt: skip
         if producer.flush(DELIVERY_TIMEOUT_S):
             raise Unavailable(
                 f"the bundle {version[:12]} was not announced within {DELIVERY_TIMEOUT_S:.0f} s: try again"
             )
     except KafkaException as error:
-        raise Unavailable(f"the bundle {version[:12]} was not announced: {error.args[0].str()}") from error
+        failures.append(error.args[0])
+    if failures:
+        what = f"the bundle {version[:12]} was not announced"
+        raise refused(connection, failures[0], what, Right("Write", "topic", BUNDLES))
     return announcement
 
 
@@ -142,6 +160,7 @@ def inspect(folder: Path) -> BundleView:
 
 def announced(connection: Connection) -> list[Announcement]:
     """Every announced bundle, oldest first; the last announcement of a version counts."""
+    check_rights(connection, "an announced bundle")
     if BUNDLES not in partition_counts(connection, [BUNDLES]):
         return []
     codec = Codec("BundleAnnouncement")

@@ -27,17 +27,28 @@ from state.errors import SettingsDiffer, StateError
 from state.quota import Ratio
 from state.settings import StreamSettings, rule_named
 from stream.allocator import bound_heaps
-from stream.broker_errors import Course, course_of
+from stream.broker_errors import Course, course_of, lacks_right
 from stream.bundles import find_bundle
 from stream.dead_share import DEFAULT_LIMIT, NO_LIMIT, DeadShare, Stretch, recent_dead
-from stream.errors import Fenced, Stopped, TldrError, Unavailable
+from stream.errors import Fenced, RightLost, Stopped, TldrError, Unavailable
 from stream.group_gap import GapWatch
-from stream.kafka import RECORD_BYTES_MAX, Connection, create_missing, partition_count, topic_id, topic_setting
+from stream.kafka import (
+    RECORD_BYTES_MAX,
+    Connection,
+    MissingRight,
+    NoEntry,
+    create_missing,
+    partition_count,
+    reach,
+    topic_id,
+    topic_setting,
+)
 from stream.metrics import HealthServer, Metrics
 from stream.raw_format import raw_reader
 from stream.records import Codec
 from stream.reduce import Reduction
 from stream.restore import Cancel, Restored, restore
+from stream.rights import check_rights, lost_right
 from stream.schema_registry import open_registry
 from stream.stream_view import StreamSource
 from stream.topics import KEPT_OVERHEAD_BYTES, StreamTopics
@@ -124,6 +135,7 @@ def consume(options: ConsumeOptions) -> None:
     registry = open_registry(options.schema_registry, options.schema_registry_properties)
     reader = raw_reader(options.raw_format, options.fields, options.schemas, options.raw_schema, registry)
     fetch = _fetcher(options)
+    check_rights(connection, "consume", raw=topic, stream=stream)
     partitions = partition_count(connection, topic)
     folder = None if options.model == "null" else find_bundle(connection, options.bundle, stream)
     topics = StreamTopics(stream)
@@ -297,6 +309,11 @@ def _run(
     connection, group, instance, model = options.connection, topics.name, directory.instance_id, using.model
     worker: Worker | None = None
 
+    def explained(lost: RightLost) -> TldrError:
+        """Before anything ran, a right that is missing; afterwards, one that was taken away."""
+        missing = lost_right(connection, lost.reason, "consume", raw=options.topic, stream=group, instance=instance)
+        return Stopped(str(missing)) if worker is not None and worker.has_run else missing
+
     def on_statistics(text: str) -> None:
         if worker is not None:
             worker.on_statistics(text)
@@ -305,6 +322,10 @@ def _run(
         if worker is not None:
             worker.on_error(error)
 
+    def let_work() -> None:
+        reach(connection)
+        check_rights(connection, "consume", raw=options.topic, stream=group)
+
     def new_producer() -> Producer:
         return _producer(
             connection, f"{group}-{instance}", using.kept_bytes_max, options.transaction_timeout_s, on_error
@@ -312,7 +333,10 @@ def _run(
 
     dead_share = DeadShare(_dlq_limit(options))
     dead_before: dict[int, Stretch] = {}  # from the threads that restore to the one that judges
-    producer = new_producer()
+    try:
+        producer = new_producer()
+    except RightLost as lost:
+        raise explained(lost) from lost
     consumer = _consumer(options, group, instance, on_statistics, on_error)
 
     def restore_partition(number: int, cancel: Cancel) -> Restored | None:
@@ -365,6 +389,7 @@ def _run(
         new_producer,
         GapWatch(connection, group, options.topic, settings.partition_count).found,
         dead_share,
+        let_work,
     )
     server = HealthServer(
         metrics, options.metrics_host, options.metrics_port, lambda: worker.healthy, lambda: worker.ready
@@ -379,6 +404,12 @@ def _run(
     gc.set_threshold(*GC_THRESHOLDS)
     try:
         worker.run()
+    except RightLost as lost:
+        raise explained(lost) from lost
+    except (MissingRight, NoEntry) as refused:
+        if worker.has_run:
+            raise Stopped(str(refused)) from refused
+        raise
     except SettingsDiffer as error:
         raise TldrError(str(error)) from error
     except StateError as error:
@@ -441,6 +472,8 @@ def _producer(
             course = course_of(reason)
             if course is Course.FENCED:
                 raise Fenced(f"another worker took over the instance id: {reason.str()}") from error
+            if lacks_right(reason):
+                raise RightLost(f"the broker grants no transactions to {transactional_id}", reason) from error
             if course is not Course.REPEAT:
                 raise TldrError(f"the broker grants no transactions to {transactional_id}: {reason.str()}") from error
             log.warning("waiting for the transaction coordinator: %s", reason.str())

@@ -19,6 +19,7 @@ from confluent_kafka import KafkaError, TopicPartition
 from state.changelog import CellCounts, Totals
 from state.partition import Fate
 from stream.errors import TldrError, Unavailable
+from stream.kafka import refuse_reading
 from stream.stream_view import (
     OPEN_TRANSACTION_WAIT_S,
     POLL_WAIT_S,
@@ -178,7 +179,8 @@ def first_row_offset(source: StreamSource, partition: int, start: int, end: int)
             if error is not None and error.code() == KafkaError._PARTITION_EOF:
                 return None
             if error is not None:
-                raise Unavailable(f"cannot read {source.topics.codes}/{partition}: {error.str()}")
+                refuse_reading(source.connection, source.topics.codes, partition, error)
+                continue
             for row in codes_rows(decoded(codec, message)):
                 return row.offset
     finally:

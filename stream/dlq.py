@@ -16,11 +16,13 @@ from typing import Any
 from confluent_kafka import KafkaError, KafkaException, Message
 
 from models.errors import Reason
+from stream.acl import Right
 from stream.dead_letters import HEADER_PREFIX, original_headers
-from stream.errors import TldrError, Unavailable
-from stream.kafka import Connection, partition_count, partition_counts
+from stream.errors import TldrError
+from stream.kafka import Connection, partition_count, partition_counts, refused
 from stream.progress import Progress
 from stream.records import UndecodableRecord
+from stream.rights import check_rights
 from stream.stream_view import DeadLetterSeen, StreamSource, header_of, read_dead_letters, whole
 
 DELIVERY_TIMEOUT_S = 60.0
@@ -95,6 +97,7 @@ def list_dead_letters(source: StreamSource, reasons: Sequence[Reason] = (), limi
 
     Raises TldrError where the stream has no dead letter topic.
     """
+    check_rights(source.connection, "dlq list", stream=source.name)
     spans = _spans(source)
     newest: list[tuple[int, int, int, DeadLetterRow]] = []  # a heap with the oldest on top
     counts: Counter[str] = Counter()
@@ -121,6 +124,7 @@ def replay(source: StreamSource, topic: str, reasons: Sequence[Reason] = (), *, 
     where murmur2 puts it this is the same partition. Letters that arrive meanwhile are left for the next replay.
     Raises TldrError where a topic is missing or the letters are another topic's, Unavailable if one is not delivered.
     """
+    check_rights(source.connection, "dlq replay", raw=topic, stream=source.name)
     spans = _spans(source)
     partitions = partition_count(source.connection, topic)
     result = ReplayResult(topic, source.topics.dead, dry_run)
@@ -158,7 +162,7 @@ class _WayBack:
     """The producer to the raw topic; a letter that is not delivered stops it."""
 
     def __init__(self, connection: Connection, topic: str) -> None:
-        self._topic = topic
+        self._connection, self._topic = connection, topic
         self._producer = connection.producer(message_timeout_ms=int(DELIVERY_TIMEOUT_S * 1000))
         self._failure: KafkaError | None = None
         self._delivered = 0
@@ -198,11 +202,12 @@ class _WayBack:
         else:
             self._failure = self._failure or error
 
-    def _stopped(self, error: KafkaError) -> Unavailable:
-        return Unavailable(
-            f"topic {self._topic} takes no more records ({error.str()}): {self._delivered:,} dead letters are back in it; run "
-            "the same command again, those that count by then change nothing"
+    def _stopped(self, error: KafkaError) -> TldrError:
+        what = (
+            f"topic {self._topic} takes no more records: {self._delivered:,} dead letters are back in it; run the same "
+            "command again, those that count by then change nothing"
         )
+        return refused(self._connection, error, what, Right("Write", "topic", self._topic))
 
 
 def _spans(source: StreamSource) -> dict[int, tuple[int, int]]:

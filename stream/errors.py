@@ -4,6 +4,10 @@ A message is one line: what happened, to what, and what to do. The command line 
 (docs/reference.md has the table); anything that is not in this tree is a bug and keeps its traceback.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class TldrError(Exception):
     """A mistake or a state of the world that the user can put right. Exit status 2: nothing was started."""
@@ -33,6 +37,14 @@ class Stopped(TldrError):
     """A running worker stopped itself so that nothing is lost; the message says why. Exit status 6."""
 
     exit_status = 6
+
+
+class RightLost(Stopped):
+    """Kafka's ACLs refuse what a running worker does. reason  the broker's own error, which names no resource."""
+
+    def __init__(self, message: str, reason: Any) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class Fenced(Stopped):

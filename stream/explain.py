@@ -18,6 +18,7 @@ from stream.kafka import start_offsets
 from stream.murmur2 import partitions_of
 from stream.progress import Progress
 from stream.records import Codec, UndecodableRecord
+from stream.rights import check_rights
 from stream.stream_view import (
     CodesRow,
     KeptRecord,
@@ -104,6 +105,7 @@ class Explanation:
 
 def explain(source: StreamSource, pair_id: str) -> Explanation:
     """What became of one pair. Raises TldrError where nothing is recorded of it."""
+    check_rights(source.connection, "explain", stream=source.name)
     view = read_view(source)
     home = int(partitions_of([pair_id.encode()], len(view.partitions))[0])
     found = explain_many(source, [pair_id], view=view, partitions=[home])[pair_id]

@@ -12,8 +12,10 @@ from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException
 
-from stream.errors import TldrError, Unavailable
-from stream.kafka import Connection, partition_count
+from stream.acl import Right
+from stream.errors import TldrError
+from stream.kafka import Connection, partition_count, refused
+from stream.rights import check_rights
 from stream.snapshot_state import read_state
 
 DELIVERY_TIMEOUT_S = 60.0
@@ -88,6 +90,7 @@ def forget(connection: Connection, topic: str, ids: Sequence[str]) -> ForgetResu
     Every partition, because a pair may sit outside its murmur2 partition and a takedown counts where the pair is.
     Raises TldrError if the topic does not exist, Unavailable if a record is not delivered (the rest may be: run it again).
     """
+    check_rights(connection, "forget", raw=topic)
     partitions = partition_count(connection, topic)
     producer = connection.producer(message_timeout_ms=int(DELIVERY_TIMEOUT_S * 1000))
     failures: list[KafkaError] = []
@@ -107,16 +110,17 @@ def forget(connection: Connection, topic: str, ids: Sequence[str]) -> ForgetResu
                 except BufferError:
                     producer.poll(0.1)
                 except KafkaException as error:
-                    raise _not_delivered(topic, error.args[0]) from error
+                    raise _not_delivered(connection, topic, error.args[0]) from error
         producer.poll(0.0)
         if failures:
             break
     while len(producer) and not failures:
         producer.flush(0.5)
     if failures:
-        raise _not_delivered(topic, failures[0])
+        raise _not_delivered(connection, topic, failures[0])
     return ForgetResult(topic, len(ids), partitions, len(ids) * partitions)
 
 
-def _not_delivered(topic: str, error: KafkaError) -> Unavailable:
-    return Unavailable(f"topic {topic} did not take every takedown ({error.str()}): run the same command again")
+def _not_delivered(connection: Connection, topic: str, error: KafkaError) -> TldrError:
+    what = f"topic {topic} did not take every takedown, run the same command again"
+    return refused(connection, error, what, Right("Write", "topic", topic))

@@ -18,6 +18,7 @@ from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException, Producer
 
+from stream.acl import Right
 from stream.errors import TldrError, Unavailable
 from stream.ingest_journal import FinishedShard, Journal, Mark, RepeatedImage, short_hash
 from stream.kafka import RECORD_BYTES_MAX as PRODUCER_BYTES_MAX
@@ -27,6 +28,7 @@ from stream.kafka import (
     end_offsets,
     partition_counts,
     read_partition,
+    refused,
     start_offsets,
     topic_id,
     topic_setting,
@@ -35,6 +37,7 @@ from stream.pair_sources import BadEntry, Shard, SourcePair, shards_of
 from stream.progress import Progress
 from stream.raw_format import parse_fields
 from stream.records import Codec, Registry
+from stream.rights import check_rights
 
 DEFAULT_PARTITIONS = 4
 # Room for one raw record in a topic that we create: a large image and its caption.
@@ -147,6 +150,7 @@ def ingest(options: IngestOptions) -> IngestResult:
 
 def _topic_for(options: IngestOptions) -> IngestResult:
     """Creates the topic if it is missing."""
+    check_rights(options.connection, "ingest", raw=options.topic)
     found = partition_counts(options.connection, [options.topic]).get(options.topic)
     if found is None:
         count = options.partitions or DEFAULT_PARTITIONS
@@ -245,7 +249,7 @@ class _Sender:
     ) -> None:
         self.sent = 0
         self.sent_bytes = 0
-        self._topic = topic
+        self._connection, self._topic = connection, topic
         self._journal = journal
         self._codec = codec
         self._record_bytes_max = record_bytes_max
@@ -341,11 +345,12 @@ class _Sender:
         else:
             self._failure = self._failure or error
 
-    def _stopped(self, error: KafkaError) -> Unavailable:
-        return Unavailable(
-            f"topic {self._topic} takes no more records ({error.str()}): {self.sent:,} pairs are acknowledged, run the same "
-            "command again and it goes on from there"
+    def _stopped(self, error: KafkaError) -> TldrError:
+        what = (
+            f"topic {self._topic} takes no more records: {self.sent:,} pairs are acknowledged, run the same command again "
+            "and it goes on from there"
         )
+        return refused(self._connection, error, what, Right("Write", "topic", self._topic))
 
 
 def _report(journal: Journal, options: IngestOptions, result: IngestResult) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
-from stream.broker_errors import kafka_error_of, says_fenced
-from stream.errors import Fenced, Stopped
+from stream.broker_errors import kafka_error_of, lacks_right, says_fenced
+from stream.errors import Fenced, RightLost, Stopped
 
 log = logging.getLogger(__name__)
 
@@ -33,14 +33,7 @@ RESUME_SHARE = 0.5
 
 _GONE = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_ID})
 _OUT_OF_RANGE = frozenset({KafkaError.OFFSET_OUT_OF_RANGE, KafkaError._AUTO_OFFSET_RESET})
-_FOR_GOOD = frozenset(
-    {
-        KafkaError._FATAL,
-        KafkaError.TOPIC_AUTHORIZATION_FAILED,
-        KafkaError.GROUP_AUTHORIZATION_FAILED,
-        KafkaError.INVALID_SESSION_TIMEOUT,
-    }
-)
+_FOR_GOOD = frozenset({KafkaError._FATAL, KafkaError.INVALID_SESSION_TIMEOUT})
 # States of the world that pass by themselves; librdkafka goes on trying.
 _PASSING = frozenset({KafkaError._ALL_BROKERS_DOWN, KafkaError._TRANSPORT, KafkaError._TIMED_OUT, KafkaError._RESOLVE})
 
@@ -187,6 +180,8 @@ class Intake:
             raise Fenced(f"another worker uses this instance id ({error.str()}): give each its own --instance-id")
         if code in _GONE:
             raise Stopped(f"{where} is gone ({error.str()}): it was deleted or recreated; use another --stream")
+        if lacks_right(error):
+            raise RightLost(f"Kafka's ACLs refuse to let {where} be consumed: {error.str()}", error)
         if error.fatal() or code in _FOR_GOOD:
             raise Stopped(f"cannot consume {where}: {error.str()}")
         if code == KafkaError._MAX_POLL_EXCEEDED:

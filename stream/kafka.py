@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from confluent_kafka import (
     KafkaException,
     Message,
     Producer,
+    TopicCollection,
     TopicPartition,
 )
 from confluent_kafka.admin import (
@@ -31,6 +34,8 @@ from confluent_kafka.admin import (
     ResourceType,
 )
 
+from stream.acl import Right, missing_line, principal_of
+from stream.broker_errors import lacks_right, refuses_entry
 from stream.errors import TldrError, Unavailable
 
 log = logging.getLogger(__name__)
@@ -41,6 +46,9 @@ Config = dict[str, Any]
 CONNECT_TIMEOUT_S = 8.0
 REQUEST_TIMEOUT_S = 30.0
 POLL_WAIT_S = 0.2
+ANSWER_WAIT_S = 0.05
+# One broker of several may have another certificate, or not know a user yet; when all of them refuse, nobody waits.
+REFUSAL_GRACE_S = 2.0
 # The largest record we read or write; the broker's own message.max.bytes may be lower.
 RECORD_BYTES_MAX = 32 * 1024 * 1024
 
@@ -66,13 +74,29 @@ LEADERLESS = {
     KafkaError.UNKNOWN_TOPIC_OR_PART,
 }
 
-# What the user has to put right; all else a broker may answer while it moves or starts.
-_NOT_PASSING = {
-    KafkaError.UNKNOWN_TOPIC_OR_PART,
-    KafkaError.TOPIC_AUTHORIZATION_FAILED,
-    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
-    KafkaError.GROUP_AUTHORIZATION_FAILED,
-}
+# What stands in librdkafka's texts beside the matter: the broker's address in front, the time it took behind.
+_ADDRESS = re.compile(r"^\S+/\S+: ")
+_TOOK = re.compile(r" \(after \d+ms in state .*$")
+
+
+class MissingRight(TldrError):
+    """The broker's ACLs do not allow what has to be done; the message has the command that adds the one that is missing."""
+
+    @classmethod
+    def of(cls, connection: Connection, rights: Iterable[Right]) -> MissingRight:
+        return cls(missing_line(connection.bootstrap_servers, principal_of(connection.settings), rights))
+
+
+class NoEntry(TldrError):
+    """The broker does not let this client in, or this client does not trust the broker."""
+
+
+class Admin(AdminClient):  # type: ignore[misc]
+    """The admin client. `said`: what its connections have met since the last answer; its requests only time out."""
+
+    def __init__(self, config: Config, **more: Any) -> None:
+        self.said: list[KafkaError] = []
+        super().__init__({**config, "error_cb": self.said.append}, **more)
 
 
 @dataclass(frozen=True)
@@ -115,14 +139,14 @@ class Connection:
         return {**defaults, **(tuned or {}), **self.settings, "bootstrap.servers": self.bootstrap_servers, **fixed}
 
     @functools.cached_property
-    def admin(self) -> AdminClient:
+    def admin(self) -> Admin:
         """The admin client, one a connection: its futures die with it, and a new one takes a tenth of a second to connect."""
         return self.new_admin()
 
-    def new_admin(self) -> AdminClient:
+    def new_admin(self) -> Admin:
         """An admin client that knows nothing yet. Raises TldrError where librdkafka refuses a setting."""
         try:
-            return AdminClient(self.config(), logger=_quiet)
+            return Admin(self.config(), logger=_quiet)
         except KafkaException as error:
             raise TldrError(self._without_values(error.args[0].str())) from None  # its text may hold a secret
 
@@ -160,6 +184,64 @@ class Connection:
         )
 
 
+def answer(connection: Connection, admin: Admin, asked: Future[Any]) -> Any:
+    """What a request comes to. Raises its KafkaException; NoEntry as soon as no broker lets this client in."""
+    began = time.monotonic()
+    while not wait([asked], ANSWER_WAIT_S).done:
+        admin.poll(0)
+        refused = next((error for error in admin.said if refuses_entry(error)), None)
+        all_refuse = any(error.code() == KafkaError._ALL_BROKERS_DOWN for error in admin.said)
+        if refused is not None and (all_refuse or time.monotonic() - began > REFUSAL_GRACE_S):
+            raise no_entry(connection, refused)
+    done = asked.result()
+    admin.said.clear()
+    return done
+
+
+def no_entry(connection: Connection, error: KafkaError) -> NoEntry:
+    """The line for a connection that is refused, by either side."""
+    said, where = _plain(error), "in the file of --kafka-properties"
+    if error.code() in (KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED):
+        remedy = f"put sasl.username, sasl.password and sasl.mechanism right {where}"
+    elif "alert" in said:
+        remedy = (
+            "it wants a certificate of this client that is valid and signed by an authority that it trusts: give "
+            f"ssl.keystore.location, or ssl.certificate.location and ssl.key.location, {where}"
+        )
+    else:
+        remedy = f"name the authority that has signed the broker's certificate with ssl.ca.location {where}"
+    return NoEntry(f"no connection to Kafka at {connection.bootstrap_servers} ({said}): {remedy}")
+
+
+def _plain(error: KafkaError) -> str:
+    return _TOOK.sub("", _ADDRESS.sub("", error.str()))
+
+
+def _away(connection: Connection, admin: Admin, error: KafkaError) -> Unavailable:
+    """The line for a broker that does not answer, with what the connections have met if they said anything."""
+    met = [each for each in admin.said if each.code() != KafkaError._ALL_BROKERS_DOWN]
+    return Unavailable(
+        f"no Kafka broker answers at {connection.bootstrap_servers} ({_plain(met[-1] if met else error)}): start one, or "
+        "give --bootstrap-servers"
+    )
+
+
+def refused(connection: Connection, error: KafkaError, what: str, *rights: Right) -> TldrError:
+    """The line for a request that failed: the ACLs to add where these rights are what is missing, else `what` and why."""
+    if lacks_right(error):
+        return MissingRight.of(connection, rights)
+    return Unavailable(f"{what}: {error.str()}")
+
+
+def reach(connection: Connection) -> None:
+    """Connects anew. Raises NoEntry where no broker lets this client in, Unavailable where none answers."""
+    admin = connection.new_admin()
+    try:
+        answer(connection, admin, admin.describe_cluster(request_timeout=CONNECT_TIMEOUT_S))
+    except KafkaException as error:
+        raise _away(connection, admin, error.args[0]) from error
+
+
 def partition_count(connection: Connection, topic: str) -> int:
     """Partitions of `topic`. Raises Unavailable without a broker, TldrError (with the create command) without the topic."""
     found = partition_counts(connection, [topic])
@@ -172,33 +254,75 @@ def partition_count(connection: Connection, topic: str) -> int:
 
 
 def partition_counts(connection: Connection, topics: Iterable[str]) -> dict[str, int]:
-    """Partitions of each of `topics` that exists. Raises Unavailable if no broker answers within CONNECT_TIMEOUT_S."""
-    metadata = _metadata(connection)
-    return {
-        topic: len(metadata[topic].partitions) for topic in topics if topic in metadata and not metadata[topic].error
-    }
+    """Partitions of each of `topics` that exists.
+
+    Raises Unavailable if no broker answers within CONNECT_TIMEOUT_S, MissingRight for a topic that may not be looked at.
+    """
+    wanted = list(topics)
+    seen = _describe(connection, wanted)
+    if hidden := [topic for topic in wanted if seen[topic] is False]:
+        raise MissingRight.of(connection, [Right("Describe", "topic", topic) for topic in hidden])
+    return {topic: len(described.partitions) for topic, described in seen.items() if described}
 
 
-def _metadata(connection: Connection) -> dict[str, Any]:
+def allowed_operations(connection: Connection, topics: Iterable[str]) -> dict[str, set[str]]:
+    """What this client may do to each of `topics`, as kafka-acls.sh names it; nothing is said of one that does not exist."""
+    seen = _describe(connection, topics, operations=True)
+    allowed: dict[str, set[str]] = {}
+    for topic, described in seen.items():
+        if described is False:  # nor anything that implies Describe; DescribeConfigs is the one that does not
+            allowed[topic] = {"DescribeConfigs"} if _shows_settings(connection, topic) else set()
+        # A broker that does not tell (KIP-430) leaves it to the requests themselves.
+        if described and described.authorized_operations:
+            names = (operation.name for operation in described.authorized_operations)
+            allowed[topic] = {"".join(part.title() for part in name.split("_")) for name in names}
+    return allowed
+
+
+def _shows_settings(connection: Connection, topic: str) -> bool:
     try:
-        topics: dict[str, Any] = connection.admin.list_topics(timeout=CONNECT_TIMEOUT_S).topics
-    except KafkaException as error:
-        raise Unavailable(
-            f"no Kafka broker answers at {connection.bootstrap_servers} ({error.args[0].str()}): start one, or give "
-            "--bootstrap-servers"
-        ) from error
-    return topics
+        topic_setting(connection, topic, "max.message.bytes")
+    except MissingRight:
+        return False
+    return True
+
+
+def _describe(connection: Connection, topics: Iterable[str], *, operations: bool = False) -> dict[str, Any]:
+    """Kafka's description of each topic: None where it does not exist (yet), False where the ACLs hide whether it does."""
+    wanted = dict.fromkeys(topics)
+    if not all(wanted):
+        raise TldrError("a topic needs a name")
+    if not wanted:
+        return {}
+    admin = connection.admin
+    asked = admin.describe_topics(
+        TopicCollection(list(wanted)), include_authorized_operations=operations, request_timeout=CONNECT_TIMEOUT_S
+    )
+    found: dict[str, Any] = {}
+    for topic, future in asked.items():
+        try:
+            found[topic] = answer(connection, admin, future)
+        except KafkaException as error:
+            code = error.args[0].code()
+            if code == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+                found[topic] = False
+            elif code in LEADERLESS:
+                found[topic] = None
+            elif code == KafkaError.TOPIC_EXCEPTION:
+                raise TldrError(f"no topic can be called {topic!r}: {error.args[0].str()}") from error
+            else:
+                raise _away(connection, admin, error.args[0]) from error
+    return found
 
 
 def topic_id(connection: Connection, topic: str) -> str:
     """The id that Kafka gave the topic when it was created: another one means that it was recreated."""
-    from confluent_kafka import TopicCollection
-
-    try:
-        described = connection.admin.describe_topics(TopicCollection([topic]), request_timeout=REQUEST_TIMEOUT_S)
-        return str(described[topic].result().topic_id)
-    except KafkaException as error:
-        raise TldrError(f"cannot describe topic {topic}: {error.args[0].str()}") from error
+    described = _describe(connection, [topic])[topic]
+    if described is False:
+        raise MissingRight.of(connection, [Right("Describe", "topic", topic)])
+    if described is None:
+        raise TldrError(f"cannot describe topic {topic}: it does not exist")
+    return str(described.topic_id)
 
 
 def create_missing(connection: Connection, topics: Mapping[str, Mapping[str, str]], partitions: int) -> list[str]:
@@ -216,14 +340,18 @@ def create_missing(connection: Connection, topics: Mapping[str, Mapping[str, str
     ]
     if not missing:
         return []
-    created = []
+    created, forbidden = [], []
     for name, done in connection.admin.create_topics(missing, request_timeout=REQUEST_TIMEOUT_S).items():
         try:
-            done.result()
+            answer(connection, connection.admin, done)
             created.append(name)
         except KafkaException as error:
-            if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:  # another worker was faster
+            if lacks_right(error.args[0]):
+                forbidden.append(name)
+            elif error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:  # another worker was faster
                 raise TldrError(f"cannot create topic {name}: {error.args[0].str()}") from error
+    if forbidden:
+        raise MissingRight.of(connection, [Right("Create", "topic", name) for name in forbidden])
     deadline = time.monotonic() + REQUEST_TIMEOUT_S
     while len(partition_counts(connection, topics)) < len(topics):
         if time.monotonic() > deadline:
@@ -237,10 +365,12 @@ def topic_setting(connection: Connection, topic: str, name: str) -> str | None:
     resource = ConfigResource(ResourceType.TOPIC, topic)
     try:
         done = connection.admin.describe_configs([resource], request_timeout=REQUEST_TIMEOUT_S)
-        entry = done[resource].result().get(name)
+        entry = answer(connection, connection.admin, done[resource]).get(name)
     except KafkaException as error:
-        kind = TldrError if error.args[0].code() in _NOT_PASSING else Unavailable
-        raise kind(f"cannot read the settings of topic {topic}: {error.args[0].str()}") from error
+        what = f"cannot read the settings of topic {topic}"
+        if error.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+            raise TldrError(f"{what}: {error.args[0].str()}") from error
+        raise refused(connection, error.args[0], what, Right("DescribeConfigs", "topic", topic)) from error
     return None if entry is None else str(entry.value)
 
 
@@ -271,13 +401,14 @@ def _offsets(
     while True:
         done = admin.list_offsets(asked, isolation_level=level, request_timeout=REQUEST_TIMEOUT_S)
         try:
-            return {tp.partition: result.result().offset for tp, result in done.items()}
+            return {tp.partition: answer(connection, admin, result).offset for tp, result in done.items()}
         except KafkaException as error:
-            refused = error.args[0]
-            moved = refused.code() == KafkaError.FENCED_LEADER_EPOCH
+            reason = error.args[0]
+            moved = reason.code() == KafkaError.FENCED_LEADER_EPOCH
             # A topic that was just created, or whose leader moves, has no leader for a moment.
-            if not (moved or refused.retriable()) or time.monotonic() > deadline:
-                raise Unavailable(f"cannot list the offsets of {topic}: {refused.str()}") from error
+            if not (moved or reason.retriable()) or time.monotonic() > deadline:
+                what = f"cannot list the offsets of {topic}"
+                raise refused(connection, reason, what, Right("Describe", "topic", topic)) from error
             time.sleep(0.1)
             if moved:  # the broker was restarted, and an admin client never forgets the epoch that it knew before
                 admin = connection.new_admin()
@@ -303,7 +434,10 @@ def group_offsets(connection: Connection, group: str, topic: str, partitions: It
                 return {tp.partition: tp.offset for tp in found if tp.offset >= 0}
             except KafkaException as error:
                 if not error.args[0].retriable() or time.monotonic() > deadline:
-                    raise Unavailable(f"cannot read the offsets of group {group}: {error.args[0].str()}") from error
+                    of_group = error.args[0].code() == KafkaError.GROUP_AUTHORIZATION_FAILED
+                    right = Right("Read", "group", group) if of_group else Right("Read", "topic", topic)
+                    what = f"cannot read the offsets of group {group}"
+                    raise refused(connection, error.args[0], what, right) from error
                 time.sleep(0.1)
     finally:
         reader.close()
@@ -349,8 +483,8 @@ def read_partition(
                     position = max(position, message.offset())
                 elif error.code() == KafkaError._AUTO_OFFSET_RESET or error.code() == KafkaError.OFFSET_OUT_OF_RANGE:
                     raise TldrError(f"offset {position} of {topic}/{partition} is no longer on the broker")
-                elif error.fatal():
-                    raise Unavailable(f"cannot read {topic}/{partition}: {error.str()}")
+                else:
+                    refuse_reading(connection, topic, partition, error)
             if messages:
                 yield messages
             elif position < end:
@@ -359,6 +493,14 @@ def read_partition(
                     raise Unavailable(f"{topic}/{partition} stands at offset {position} of {end} for {timeout_s:.0f} s")
     finally:
         reader.close()
+
+
+def refuse_reading(connection: Connection, topic: str, partition: int, error: KafkaError) -> None:
+    """Raises for an error of a reader that will not pass. That it has no right to its group does not matter: it has none."""
+    if error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+        raise MissingRight.of(connection, [Right("Read", "topic", topic)])
+    if error.fatal():
+        raise Unavailable(f"cannot read {topic}/{partition}: {error.str()}")
 
 
 def _parse_assignments(lines: Iterable[str], source: object) -> dict[str, str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from confluent_kafka import KafkaError, Message, TopicPartition
 
 from stream.errors import Unavailable
-from stream.kafka import Connection, start_offsets
+from stream.kafka import Connection, refuse_reading, start_offsets
 
 POLL_WAIT_S = 0.2
 TIMEOUT_S = 30.0
@@ -60,9 +60,8 @@ def records_at(
             ):
                 at = message.offset()
                 yield p, offsets.pop(), None  # gone meanwhile, or never visible
-            elif error.fatal():
-                raise Unavailable(f"cannot read {topic}/{p}: {error.str()}")
             else:
+                refuse_reading(connection, topic, p, error)
                 continue
             if not offsets:
                 del waiting[p]

@@ -19,8 +19,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from state.changelog import ENTRY, entry_head
 from stream.errors import TldrError, Unavailable
-from stream.kafka import Connection, partition_counts
+from stream.kafka import Connection, partition_counts, refuse_reading
 from stream.records import Codec
+from stream.rights import check_rights
 from stream.stream_view import (
     POLL_WAIT_S,
     PREFETCH_KB,
@@ -97,6 +98,7 @@ class KeptPairs(IterableDataset[Any]):
         if not self._resuming:
             self.start_over()
         self._resuming = False
+        check_rights(connection, "KeptPairs", stream=self.topics.name)
         count = partition_counts(connection, [self.topics.kept]).get(self.topics.kept)
         if count is None:
             raise TldrError(
@@ -150,8 +152,10 @@ class KeptPairs(IterableDataset[Any]):
                     if error is not None:
                         if error.code() == KafkaError._PARTITION_EOF:
                             positions[p] = max(positions[p], message.offset())
-                        elif error.fatal() or error.code() == KafkaError._AUTO_OFFSET_RESET:
+                        elif error.code() == KafkaError._AUTO_OFFSET_RESET:
                             raise Unavailable(f"cannot read {self.topics.kept}/{p}: {error.str()}")
+                        else:
+                            refuse_reading(connection, self.topics.kept, p, error)
                         continue
                     offset = message.offset()
                     if not self.follow and offset >= ends[p]:

@@ -24,6 +24,7 @@ from stream.errors import TldrError
 from stream.kafka import partition_count, start_offsets
 from stream.raw_format import RawReader
 from stream.report_data import ReportData, gather, pictures
+from stream.rights import check_rights
 from stream.stream_view import StreamSource, StreamView, read_view
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def report(options: ReportOptions) -> ReportResult:
     source, out = options.source, options.out
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise TldrError(f"{out} cannot be written: give a file in a folder that exists")
+    check_rights(source.connection, "report", raw=options.topic, stream=source.name)
     partition_count(source.connection, options.topic)
     view = read_view(source)
     clustering, no_distances = _clustering_of(options, view)

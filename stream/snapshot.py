@@ -24,6 +24,7 @@ from stream.cut import Cut, cut_at, newest_cut, written
 from stream.errors import TldrError
 from stream.kept_index import KeptIndex
 from stream.progress import Progress
+from stream.rights import check_rights
 from stream.shards import FORMATS, PARTIAL, Format, Shard, ShardFile, write_whole
 from stream.snapshot_state import FORMAT_VERSION, MANIFEST, KnownIds, SetPair, sealed, write_state
 from stream.stream_view import ChangelogFollower, StreamSource, StreamView, read_kept, whole
@@ -98,6 +99,7 @@ def snapshot(
     """
     if format not in FORMATS:
         raise TldrError(f"there is no format {format}: give {' or '.join(FORMATS)}")
+    check_rights(source.connection, "snapshot", stream=source.name)
     ids = KnownIds()
     view = ChangelogFollower(source).advance(ids.take, wait=True)
     sampled = view.settings.ratio

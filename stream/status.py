@@ -26,6 +26,7 @@ from state.quota import Ratio
 from stream.arithmetic import Sum, in_the_set, sums_of
 from stream.errors import Unavailable
 from stream.kafka import end_offsets, partition_count, partition_counts, start_offsets, topic_id
+from stream.rights import check_rights
 from stream.stream_view import (
     ChangelogFollower,
     PartitionView,
@@ -122,6 +123,7 @@ class StatusReader:
 
     def __init__(self, source: StreamSource, topic: str) -> None:
         self._source, self._topic = source, topic
+        check_rights(source.connection, "status", raw=topic, stream=source.name)
         self._partitions = partition_count(source.connection, topic)
         self._follower = ChangelogFollower(source)
         self._codes = source.codec("PairCodes")

@@ -35,7 +35,7 @@ from state.quota import Ratio
 from state.settings import StreamSettings
 from stream.dead_letters import HEADER_PREFIX
 from stream.errors import TldrError, Unavailable
-from stream.kafka import Connection, end_offsets, partition_counts, start_offsets
+from stream.kafka import Connection, end_offsets, partition_counts, refuse_reading, start_offsets
 from stream.records import Codec, Registry, UndecodableRecord
 from stream.topics import StreamTopics
 
@@ -109,8 +109,8 @@ def read_spans(
                         positions[p], moved_at = message.offset(), time.monotonic()
                 elif error.code() in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):
                     raise TldrError(f"offset {positions[p]} of {topic}/{p} is no longer on the broker")
-                elif error.fatal():
-                    raise Unavailable(f"cannot read {topic}/{p}: {error.str()}")
+                else:
+                    refuse_reading(connection, topic, p, error)
             if messages:
                 yield messages
                 moved_at = time.monotonic()  # what the caller did with them is not our waiting

@@ -15,6 +15,7 @@ from stream.kafka import Connection, end_offsets, partition_count, read_partitio
 from stream.pair_sources import BadEntry, SourcePair
 from stream.raw_format import RawReader
 from stream.records import UndecodableRecord
+from stream.rights import check_rights
 
 BATCH = 500
 TIMEOUT_S = 60.0
@@ -29,6 +30,7 @@ def pairs_of_topic(
     caller; a record that is no pair is a BadEntry. Raises TldrError for a topic that is not there, Unavailable for a broker
     that stops answering.
     """
+    check_rights(connection, "a raw topic to learn from", raw=topic)
     partitions = range(partition_count(connection, topic))
     starts, ends = start_offsets(connection, topic, partitions), end_offsets(connection, topic, partitions)
     if records is not None:

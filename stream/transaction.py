@@ -17,9 +17,9 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, Topi
 from state.changelog import Record
 from state.partition import Partition
 from stream.avro_by_hand import write_pair_codes
-from stream.broker_errors import Course, course_of, kafka_error_of
+from stream.broker_errors import Course, course_of, kafka_error_of, lacks_right
 from stream.dead_letters import headers_of
-from stream.errors import Fenced, Stopped
+from stream.errors import Fenced, RightLost, Stopped
 from stream.records import Codec
 from stream.reduce import Effects
 from stream.topics import CODES_RECORD_BYTES, StreamTopics
@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 
 class Aborted(Exception):
     """The transaction was aborted: nothing of it is visible. The caller goes back to the last committed offsets."""
+
+
+class Undelivered(Aborted):
+    """Aborted, since records did not reach their topic; the client does not say why, so the broker has to be asked."""
 
 
 class ProducerLost(Exception):
@@ -205,8 +209,11 @@ def _abort(producer: Producer, error: BaseException, attempt_s: float) -> NoRetu
             raise Fenced(f"the transaction could not be aborted: {refused.str()}") from second
         if course is not Course.STOP:
             raise ProducerLost(refused.str()) from second
+    if lacks_right(reason):
+        raise RightLost(f"Kafka refuses the transaction: {reason.str()}", reason) from error
     if course is Course.STOP:
         raise Stopped(
             f"Kafka refuses the transaction: {reason.str()}; nothing of it is visible. Put that right and start again"
         ) from error
-    raise Aborted(reason.str()) from error
+    kind = Undelivered if reason.code() == KafkaError._INCONSISTENT else Aborted
+    raise kind(reason.str()) from error

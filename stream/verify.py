@@ -44,6 +44,7 @@ from stream.errors import Differs, NotVerified, TldrError
 from stream.kafka import partition_counts, start_offsets, topic_id
 from stream.kept_index import KeptIndex, Live
 from stream.progress import Progress
+from stream.rights import check_rights
 from stream.snapshot_state import ROW_TOTALS, Hashes, PartitionState, TakenState
 from stream.stream_view import (
     ChangelogFollower,
@@ -201,6 +202,7 @@ def verify(
     model_of   the model of a bundle version, None where it cannot be had (clusters are then not verified)
     workspace  folder for temporary indexes; default: the system's
     """
+    check_rights(source.connection, "verify", raw=raw_topic, stream=source.name)
     folder = Path(tempfile.mkdtemp(prefix="tldr-verify-", dir=workspace))
     try:
         with _Changelog(folder / "changelog") as changelog, KeptIndex(folder / "kept") as index:

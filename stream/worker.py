@@ -25,15 +25,15 @@ from state.changelog import Totals
 from state.partition import Fate
 from stream.allocator import give_back
 from stream.assignment import Assignment, Restore
-from stream.broker_errors import says_fenced
+from stream.broker_errors import refuses_entry, says_fenced
 from stream.dead_share import DeadShare
-from stream.errors import Fenced, Stopped
+from stream.errors import Fenced, Stopped, TldrError, Unavailable
 from stream.intake import Intake
 from stream.metrics import Metrics
 from stream.murmur2 import partitions_of
 from stream.reduce import Cancelled, Effects, Reduction, reduce_batch
 from stream.restore import Restored
-from stream.transaction import Aborted, Outlet, ProducerLost, Sealed, keep, seal, send
+from stream.transaction import Aborted, Outlet, ProducerLost, Sealed, Undelivered, keep, seal, send
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,8 @@ GIVE_BACK_EVERY_S = 5.0
 SAY_AGAIN_AFTER_S = 30.0
 # A rebalance or a broker that moves aborts one or two; what aborts this many will abort the next one too.
 ABORTS_MAX = 10
+# A broker that starts may not know its users yet: so long after a refusal it is asked again, and then believed.
+KNOCK_AFTER_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Worker:
         new_producer: Callable[[], Producer],
         group_has_gap: Callable[[], bool],
         dead_share: DeadShare,
+        reach: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.consumer, self.topic, self.using, self.outlet = consumer, topic, using, outlet
@@ -109,6 +112,10 @@ class Worker:
         self._group_has_gap = group_has_gap
         self._joined_again = 0
         self._dead_share = dead_share
+        self._reach = reach
+        self.has_run = False  # whether a partition has ever been running here
+        self._knocking: Future[None] | None = None
+        self._knock_thread = ThreadPoolExecutor(1, "knock")
         self._clock = clock
         self._effects = Effects()
         self._effects_since: float | None = None
@@ -287,6 +294,8 @@ class Worker:
         except Aborted as error:
             self.metrics.transactions.labels("aborted").inc()
             self._abort_effects()
+            if isinstance(error, Undelivered):
+                self._knock()
             self._aborted_in_a_row += 1
             if self._aborted_in_a_row >= ABORTS_MAX:
                 raise Stopped(
@@ -345,6 +354,8 @@ class Worker:
         self._give_up.set()
         self._model_thread.shutdown(wait=True)
         self._send_thread.shutdown(wait=True)
+        self._stopping.set()  # nobody is asked any more either
+        self._knock_thread.shutdown(wait=False, cancel_futures=True)
         # A consumer that was fenced may refuse to leave; there is nothing left to lose.
         with contextlib.suppress(Exception):
             self.consumer.close()
@@ -384,6 +395,7 @@ class Worker:
 
     def _restored(self, number: int, restored: Restored) -> None:
         self._adopt(restored)
+        self.has_run = True
         self._remember_committed()
         self.metrics.restore_seconds.observe(restored.seconds)
         self.metrics.restored_records.inc(restored.records)
@@ -486,6 +498,20 @@ class Worker:
             self._trouble = Fenced(
                 f"another worker uses this instance id ({error.str()}): give each its own --instance-id"
             )
-        elif self._clock() - self._said_at.get(error.code(), -SAY_AGAIN_AFTER_S) >= SAY_AGAIN_AFTER_S:
+            return
+        if refuses_entry(error) and (self._knocking is None or self._knocking.done()):
+            self._knocking = self._knock_thread.submit(self._knock, KNOCK_AFTER_S)
+        if self._clock() - self._said_at.get(error.code(), -SAY_AGAIN_AFTER_S) >= SAY_AGAIN_AFTER_S:
             self._said_at[error.code()] = self._clock()
             log.warning("Kafka: %s; trying on", error.str())
+
+    def _knock(self, after_s: float = 0.0) -> None:
+        """Asks with a new connection whether the broker lets us work: librdkafka tries for ever, and one broker is not all."""
+        if after_s and self._stopping.wait(after_s):
+            return
+        try:
+            self._reach()
+        except Unavailable:
+            pass  # away is not refused
+        except TldrError as error:
+            self._trouble = Stopped(f"{error}; nothing that is committed is lost")
