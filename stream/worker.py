@@ -346,7 +346,10 @@ class Worker:
             partition.abort()
 
     def _go_back(self) -> None:
-        """Consumes again what is not committed."""
+        """Consumes again what is not committed; a partition that never committed anything begins anew, bundle and all."""
+        fresh = [number for number, partition in self.assignment.running.items() if partition.next_offset is None]
+        if fresh:
+            self.assignment.restore_again(fresh)
         for number, partition in self.assignment.running.items():
             self.intake.go_back(number, partition.next_offset or 0)
 
