@@ -183,7 +183,8 @@ class LocalBroker:
 
     def _was_killed(self) -> bool:
         """Whether there is data of a server that did not close it."""
-        return (self.data / METADATA).exists() and not (self.data / "logs" / ".kafka_cleanshutdown").exists()
+        served = any((self.data / METADATA).glob("*.log"))  # not only formatted
+        return served and not (self.data / "logs" / ".kafka_cleanshutdown").exists()
 
     def _fence_its_predecessor(self, java: str, jars: Path) -> None:
         """Lets a controller alone declare the killed broker dead, before a new one begins to work on its data.
