@@ -73,7 +73,7 @@ SOAK_SECONDS ?= 1200
 soak: setup ## a storm of crashes, freezes, rebalances and broker restarts (SOAK_SECONDS=120 shortens it); writes docs/storm.md
 	$(BIN)/python -m tests.end_to_end.storm --seconds $(SOAK_SECONDS)
 
-restart: setup ## how soon a killed worker processes again, and how long a restore takes
+restart: setup ## how soon a killed worker processes again, and how long a restore takes; writes docs/restart.md
 	$(BIN)/python benchmarks/restart.py
 
 sample-bundle: train-sample ## the same
