@@ -133,7 +133,17 @@ class Decisions(NamedTuple):
 class _Layer:
     """The effects of one transaction, in memory, on top of the store or of an earlier layer."""
 
-    __slots__ = ("changes", "counted", "entries", "gone", "hash_at", "switched", "taken_down", "touched_heaps")
+    __slots__ = (
+        "changes",
+        "counted",
+        "entries",
+        "gone",
+        "hash_at",
+        "position",
+        "switched",
+        "taken_down",
+        "touched_heaps",
+    )
 
     def __init__(self) -> None:
         self.counted: dict[int, int] = {}  # known hash → offset: ids that this transaction counted
@@ -143,7 +153,8 @@ class _Layer:
         self.taken_down: dict[int, int] = {}  # known hash → offset of the takedown
         self.switched: list[Switch] = []
         self.touched_heaps: set[tuple[int, int]] = set()
-        self.changes: list[Record] = []  # of a sealed transaction
+        self.changes: list[Record] = []  # of a sealed transaction,
+        self.position: Position | None = None  # and where it leads
 
 
 class _Cells:
@@ -182,6 +193,7 @@ class Partition:
 
     next_offset: int | None  # the next input offset; None: nothing read yet
     epoch: int  # -1 until the first `adopt`
+    committed: Position | None  # what the store holds; None: nothing yet
 
     def __init__(
         self, store: PartitionStore, settings: StreamSettings, partition: int, live_numbers_max: int = LIVE_NUMBERS_MAX
@@ -209,13 +221,14 @@ class Partition:
         """An open transaction without effects, on top of what the store holds."""
         self._sealed: _Layer | None
         position = self.store.position()
+        self.committed = position
         self.next_offset = position.next_offset if position else None
         switches = self.store.switches()
         self._switch = switches[-1] if switches else None
         self.epoch = self._switch.epoch if self._switch else -1
         self._tally = [0] * len(Fate)
         self._evicted = self._removed = self._lost = 0
-        self._committed = position.totals if position else Totals()
+        self._totals_before = position.totals if position else Totals()
         self._looked_up: dict[int, int | None] = {}  # known hash → offset, None: the store does not know it
         self._open, self._sealed = _Layer(), None
 
@@ -559,7 +572,7 @@ class Partition:
             removed=self._removed,
             lost=self._lost,
         )
-        return Totals(*(before + now for before, now in zip(self._committed, here, strict=True)))
+        return Totals(*(before + now for before, now in zip(self._totals_before, here, strict=True)))
 
     @property
     def live_numbers(self) -> int:
@@ -601,10 +614,10 @@ class Partition:
         records += [(known_key(first), None) for first in self._expired(self.next_offset - self._window)]
         position = Position(self.next_offset, self.epoch, wall_clock_ms, instance, totals)
         records.append((POSITION, encode_position(position)))
-        layer.changes = records
+        layer.changes, layer.position = records, position
         self._open, self._sealed = _Layer(), layer
         self._new_stream = False
-        self._committed, self._tally = totals, [0] * len(Fate)
+        self._totals_before, self._tally = totals, [0] * len(Fate)
         self._evicted = self._removed = self._lost = 0
         return records
 
@@ -616,7 +629,7 @@ class Partition:
         if self._sealed is None:
             raise ValueError("nothing to commit: ask for the changes first, and write them to Kafka")
         self.store.apply(self._sealed.changes, changelog_position)
-        self._sealed = None
+        self.committed, self._sealed = self._sealed.position, None
         self._looked_up = {}
         for cells in self._cells.values():
             cells.sealed[:] = False

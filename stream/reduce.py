@@ -156,7 +156,9 @@ class Effects:
     dead: list[DeadLetter] = field(default_factory=list)
     codes: dict[int, CodesColumns] = field(default_factory=dict)
     records: int = 0
-    value_bytes: int = 0  # of the kept pairs and the dead letters: what a transaction must carry
+    value_bytes: int = (
+        0  # of images, index vectors and dead letters: what a transaction must carry, and memory until then
+    )
     itm_raw: list[float] = field(default_factory=list)
     itm_refined: list[float] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
@@ -366,6 +368,7 @@ def _decide(
     its_row = np.searchsorted(rows, pairs[here[needed]])
     row_clusters, row_itms = np.full(len(rows), NO_CLUSTER, np.int32), np.full(len(rows), np.nan, np.float32)
     row_clusters[its_row], row_itms[its_row] = clusters[here[needed]], itms[here[needed]]
+    out.value_bytes += 2 * vectors.shape[1] * len(needed)
     alive = np.flatnonzero(fates != DEAD)
     codes = out.codes.setdefault(number, CodesColumns())
     if len(alive):

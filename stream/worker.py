@@ -480,7 +480,7 @@ class Worker:
                 metrics.lag.labels(label).set(max(0, end - next_offset))
 
     def _remember_committed(self) -> None:
-        positions = {number: partition.store.position() for number, partition in self.assignment.running.items()}
+        positions = {number: partition.committed for number, partition in self.assignment.running.items()}
         self._committed = {
             number: (position.next_offset, position.totals) if position else (0, Totals())
             for number, position in positions.items()
