@@ -5,6 +5,7 @@ Knows neither Kafka nor what lies in the stores. The lock is flock's: it ends wi
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -116,6 +117,20 @@ class StateDirectory:
         path = self.store_path(partition)
         if path.exists():
             shutil.rmtree(path)
+
+    @property
+    def fencings(self) -> int:
+        """How often a worker on this folder was fenced: `note_fencing`."""
+        try:
+            return int((self.path / "fencings").read_text())
+        except (OSError, ValueError):  # never, or a file cut short by a crash: a count to watch, not a truth
+            return 0
+
+    def note_fencing(self) -> None:
+        """Count that the worker on this folder was fenced."""
+        count = self.fencings + 1
+        with contextlib.suppress(OSError):  # a full disk is no reason to hide the fencing itself
+            (self.path / "fencings").write_text(f"{count}\n")
 
     def close(self) -> None:
         """Let another worker have the folder."""

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from state.partition import Partition
 from stream.intake import Intake
+from stream.logs import at, place
 from stream.restore import Cancel, Restored
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,9 @@ class Assignment:
             cancel = Cancel()
             self._restoring[number] = _Restoring(self._threads.submit(self._restore, number, cancel), cancel)
         if partitions:
-            log.info("assigned %s; restoring", partitions)
+            log.info(
+                "assigned %s; restoring", partitions, extra={"fields": {"event": "assign", "partitions": partitions}}
+            )
 
     def start_restored(self) -> None:
         """Starts to consume the partitions whose restore has ended. Raises what their restore raised."""
@@ -67,10 +70,14 @@ class Assignment:
             self.running[number] = restored.partition
             self._on_restored(number, restored)
             self._intake.start(number, restored.next_offset)
+            first, behind = restored.changelog
+            spans = {number: (first, behind - 1)} if behind > first else {}
             log.info(
-                "partition %d runs from offset %d: %d changelog records %s in %.2f s",
+                "partition %d runs from offset %d: %d changelog records %s in %.2f s, %s",
                 number, restored.next_offset, restored.records, "rebuilt" if restored.rebuilt else "replayed",
-                restored.seconds,
+                restored.seconds, place("offsets", spans) if spans else "none was missing",
+                extra=at("restore", restored.changelog_topic, spans, partition=number, next_offset=restored.next_offset,
+                         records=restored.records, rebuilt=restored.rebuilt, seconds=round(restored.seconds, 3)),
             )  # fmt: skip
 
     def revoked(self, partitions: list[int], *, lost: bool = False) -> bool:
@@ -89,11 +96,19 @@ class Assignment:
                 if restored is not None:
                     restored.partition.store.close()
         stopped = self._intake.stop(partitions, lost=lost)
+        stood_at: dict[int, int | None] = {}
         for number in partitions:
             if partition := self.running.pop(number, None):
+                position = partition.store.position()
+                stood_at[number] = position.next_offset if position else None
                 partition.store.close()
         if partitions:
-            log.info("%s %s", "lost" if lost else "revoked", partitions)
+            # None: it had nothing committed here, or had not been restored yet
+            where = ", ".join(f"{number} at offset {stood_at.get(number)}" for number in partitions)
+            how = "lost" if lost else "revoked"
+            next_offsets = [{"partition": number, "next_offset": stood_at.get(number)} for number in partitions]
+            fields = {"event": how, "topic": self._intake.topic, "next_offsets": next_offsets}
+            log.info("%s %s of %s", how, where, self._intake.topic, extra={"fields": fields})
         return stopped
 
     def restore_again(self, partitions: Iterable[int]) -> None:

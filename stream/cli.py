@@ -214,7 +214,10 @@ def consume(
         float,
         typer.Option(help="Seconds after which the broker ends the open transaction of a dead worker.", min=2),
     ] = 10.0,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Log every transaction.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log every batch and every transaction.")] = False,
+    log_format: Annotated[
+        str, typer.Option(help="text, or json: one object a line, with event, topic and offsets as fields.")
+    ] = "text",
 ) -> None:
     """Run a worker: reduce the raw pairs of a topic, exactly once, until SIGTERM.
 
@@ -222,10 +225,13 @@ def consume(
     """
     from stream.consume import ConsumeOptions
     from stream.consume import consume as job
+    from stream.errors import TldrError
     from stream.kafka import Connection
-    from stream.logs import set_up_logs
+    from stream.logs import JSON, TEXT, set_up_logs
 
-    set_up_logs(verbose)
+    if log_format not in (TEXT, JSON):
+        raise TldrError(f"--log-format {log_format}: use `{TEXT}` or `{JSON}`")
+    set_up_logs(verbose, log_format)
     job(
         ConsumeOptions(
             connection=Connection.of(bootstrap_servers, kafka or (), kafka_properties),

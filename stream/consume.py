@@ -150,7 +150,11 @@ def consume(options: ConsumeOptions) -> None:
         metrics = Metrics()
         model = _load(options, folder)
         metrics.bundle.info({"version": model.version})
+        metrics.watch_disk(directory.path)
+        metrics.fencings.inc(directory.fencings)
         settings = _settings(options, model, partitions, topic_id(connection, topic))
+        metrics.quota_ratio.set(float(settings.ratio.share))
+        metrics.stream_partitions.set(partitions)
         log.info("models loaded: bundle %s, %d clusters, L = %d", model.version[:12], model.clusters, model.tokens)
         _warn_of_another_machine(model)
         # What the null model decodes is not worth handing to a thread.
@@ -170,7 +174,11 @@ def consume(options: ConsumeOptions) -> None:
                 topic=topic,
                 caption_tokens=options.caption_tokens,
             )
-            _run(options, settings, using, Codec("PairCodes", registry=registry), topics, directory, metrics)
+            try:
+                _run(options, settings, using, Codec("PairCodes", registry=registry), topics, directory, metrics)
+            except Fenced:
+                directory.note_fencing()  # the process ends before anybody could read a counter of its own
+                raise
 
 
 def refuse_impossible(options: ConsumeOptions) -> None:

@@ -7,17 +7,32 @@ from __future__ import annotations
 
 import errno
 import logging
+import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, Metric, make_wsgi_app
-from prometheus_client.core import HistogramMetricFamily
+from numpy.typing import NDArray
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    Metric,
+    ProcessCollector,
+    make_wsgi_app,
+)
+from prometheus_client.core import GaugeHistogramMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
+from models.errors import Reason
+from state.partition import Fate
 from stream.errors import TldrError
 
 log = logging.getLogger(__name__)
@@ -26,7 +41,13 @@ log = logging.getLogger(__name__)
 DEFAULT_PORT = 9400
 DEFAULT_PORTS = 256
 
+# What a counter may say from the start, so that its first increase is one: a series that appears with 1 has no rate.
+FATES = [fate.name.lower() for fate in Fate]
+STAGES = ("read", "decode", "encode", "match", "decide", "caption")
+OUTCOMES = ("committed", "aborted")
+
 SCORE_BUCKETS = [i / 20 for i in range(21)]
+CELL_BUCKETS = [0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 100_000, 1_000_000]
 SECONDS_BUCKETS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30]
 
 
@@ -51,11 +72,32 @@ class Scores(Collector):
         yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)
 
 
+class CellSizes(Collector):
+    """How many cells have how many pairs, now: a distribution in place of a series for each of thousands of clusters."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self._name, self._text = name, text
+        self._sizes: NDArray[np.int64] = np.zeros(0, np.int64)
+
+    def set(self, sizes: NDArray[np.int64]) -> None:
+        """The sizes of all cells of this worker."""
+        self._sizes = sizes
+
+    def collect(self) -> Iterator[Metric]:
+        sizes = np.sort(self._sizes)
+        below = np.searchsorted(sizes, CELL_BUCKETS, side="right").tolist()
+        bounds = [*map(str, CELL_BUCKETS), "+Inf"]
+        buckets = list(zip(bounds, [*below, len(sizes)], strict=True))
+        yield GaugeHistogramMetricFamily(self._name, self._text, buckets=buckets, gsum_value=float(sizes.sum()))
+
+
 class Metrics:
     """The metrics of one worker, in a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+        # process_*: memory, processor time, open files, and the start, which tells how often a worker was restarted.
+        ProcessCollector(registry=registry)
 
         def counter(name: str, text: str, labels: Iterable[str] = ()) -> Counter:
             return Counter(f"tldr_{name}", text, labels, registry=registry)
@@ -71,6 +113,10 @@ class Metrics:
             "Raw records by fate, dead ones included. kept / counted off the quota: look at the stream's settings. A rise "
             "of `duplicate`: a crawler repeats itself. A rise of `below_gate`: captions match their images worse.",
             ["fate"],
+        )
+        self.quota_ratio = gauge(
+            "quota_ratio",
+            "Share M of each cell that is kept. kept and over_cap / counted: that, within one pair a cell.",
         )
         self.dead_letters = counter(
             "dead_letters",
@@ -96,7 +142,9 @@ class Metrics:
         )
         self.stage_seconds = counter(
             "stage_seconds",
-            "Seconds by stage of a batch. decode growing beside encode: the accelerator starves, add cores.",
+            "Seconds by stage of a batch, one stage after the other: encode, match and caption are the model's own time, and "
+            "during decode it waits for images. decode growing beside encode: the accelerator starves, add cores. The rest "
+            "of a second, up to 1: no input, or a commit.",
             ["stage"],
         )
         self.batch_seconds = histogram(
@@ -116,12 +164,29 @@ class Metrics:
             "tldr_itm_raw",
             "Image-text matching of the original captions of all pairs. Sinking: the crawl's captions drift.",
         )
+        self.itm_kept = Scores(
+            "tldr_itm_kept",
+            "Image-text matching of the original captions of the kept pairs. Apart from itm_raw: the choice is not fair.",
+        )
         self.itm_refined = Scores(
             "tldr_itm_refined",
             "Image-text matching of the refined captions of the kept pairs. Sinking: the captioner no longer fits.",
         )
-        registry.register(self.itm_raw)
-        registry.register(self.itm_refined)
+        self.cell_counted = CellSizes(
+            "tldr_cell_counted_pairs",
+            "Cells of the present epoch by the pairs counted in them. A long tail to the right: few clusters take most of "
+            "the stream, so recluster.",
+        )
+        self.cell_reservoir = CellSizes(
+            "tldr_cell_reservoir_pairs",
+            "Cells of the present epoch by the pairs in their reservoir. All at the cap: the set no longer grows.",
+        )
+        for collector in (self.itm_raw, self.itm_kept, self.itm_refined, self.cell_counted, self.cell_reservoir):
+            registry.register(collector)
+        self.largest_cell = gauge(
+            "largest_cell_counted_pairs",
+            "Pairs counted in the largest cell of the present epoch. Growing faster than the stream: recluster.",
+        )
         self.lag = gauge(
             "lag_records", "Raw records of a partition that are not committed yet. Growing: add workers.", ["partition"]
         )
@@ -130,6 +195,15 @@ class Metrics:
             "store_bytes",
             "Bytes of a partition's local store. Grows with known ids and kept pairs; watch the disk.",
             ["partition"],
+        )
+        self.state_disk_free_bytes = gauge(
+            "state_disk_free_bytes",
+            "Free bytes on the disk of the state directory. 0: the worker stops, nothing is lost.",
+        )
+        self.state_disk_size_bytes = gauge("state_disk_size_bytes", "Bytes of the disk of the state directory.")
+        self.stream_partitions = gauge(
+            "stream_partitions",
+            "Partitions of the raw topic. More than all workers run: one is restoring, or belongs to nobody.",
         )
         self.partitions = gauge(
             "partitions",
@@ -141,6 +215,11 @@ class Metrics:
             [0.1, 0.5, 1, 5, 10, 30, 60, 300, 900],
         )  # fmt: skip
         self.restored_records = counter("restored_records", "Changelog records replayed while restoring.")
+        self.fencings = counter(
+            "fencings",
+            "Times that a worker on this state directory was fenced and left, restarts included. Rising: two workers share "
+            "an instance id.",
+        )
         self.lost_records = counter(
             "lost_records",
             "Raw offsets that the broker had deleted before they were processed (--on-data-loss continue). Any: the raw "
@@ -156,6 +235,29 @@ class Metrics:
         )
         self.bundle = Info("tldr_bundle", "Version of the model bundle; more than one in a group: a switch is under way.",
                            registry=registry)  # fmt: skip
+        self.build = Info("tldr_build", "Version of the package; more than one in a group: an upgrade is under way.",
+                          registry=registry)  # fmt: skip
+        self.build.info({"version": _package_version()})
+        for fate in FATES:
+            self.fates.labels(fate)
+        for reason in Reason:
+            self.dead_letters.labels(reason)
+        for stage in STAGES:
+            self.stage_seconds.labels(stage)
+        for outcome in OUTCOMES:
+            self.transactions.labels(outcome)
+
+    def watch_disk(self, folder: Path) -> None:
+        """Looks at the disk of `folder` whenever somebody asks for the metrics."""
+        self.state_disk_free_bytes.set_function(lambda: shutil.disk_usage(folder).free)
+        self.state_disk_size_bytes.set_function(lambda: shutil.disk_usage(folder).total)
+
+
+def _package_version() -> str:
+    try:
+        return version("tldr-stream")
+    except PackageNotFoundError:  # run from a folder of sources
+        return "unknown"
 
 
 class HealthServer:

@@ -160,6 +160,7 @@ class Effects:
         0  # of images, index vectors and dead letters: what a transaction must carry, and memory until then
     )
     itm_raw: list[float] = field(default_factory=list)
+    itm_kept: list[float] = field(default_factory=list)  # of the original captions of what is kept
     itm_refined: list[float] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
     images: int = 0
@@ -423,6 +424,7 @@ def _caption(
     ]
     refined_itms = using.model.match(vectors, refined).tolist()
     out.captions += len(refined)
+    out.itm_kept += seen[1][kept.pairs].tolist()
     out.itm_refined += refined_itms
     codes, width = vectors.astype("<u2", copy=False).tobytes(), 2 * vectors.shape[1]
     header, rate, rate_bytes, topic = using.kept_codec.header, using.rate, using.rate.encode(), using.topic

@@ -39,6 +39,8 @@ class Restored:
     rebuilt: bool  # from nothing: no store, or one that could not be trusted
     seconds: float
     lost: int = 0  # raw offsets that the broker had deleted before they were processed
+    changelog_topic: str = ""
+    changelog: tuple[int, int] = (0, 0)  # the offset that the replay began with, and the one behind its end
 
 
 def restore(
@@ -93,7 +95,8 @@ def restore(
         if partition.next_offset is not None and next_offset > partition.next_offset:
             lost = next_offset - partition.next_offset
             partition.skip(next_offset)
-        return Restored(partition, next_offset, replayed, rebuilt, time.monotonic() - began, lost)
+        took_s = time.monotonic() - began
+        return Restored(partition, next_offset, replayed, rebuilt, took_s, lost, topics.changelog, (start, end))
     except BaseException:
         store.close()
         raise

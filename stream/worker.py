@@ -12,7 +12,8 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from stream.broker_errors import refuses_entry, says_fenced
 from stream.dead_share import DeadShare
 from stream.errors import Fenced, Stopped, TldrError, Unavailable
 from stream.intake import Intake
+from stream.logs import at, offsets_of, place
 from stream.metrics import Metrics
 from stream.murmur2 import partitions_of
 from stream.reduce import Cancelled, Effects, Reduction, reduce_batch
@@ -52,6 +54,8 @@ STUCK_AFTER_S = 120.0
 GAUGES_EVERY_S = 1.0
 # What libraries have freed goes back to the kernel this often; it takes a few milliseconds.
 GIVE_BACK_EVERY_S = 5.0
+# A look at the sizes of all cells takes about a millisecond for 3,000 of them.
+CELLS_EVERY_S = 10.0
 # librdkafka reports a broker that is away many times a second.
 SAY_AGAIN_AFTER_S = 30.0
 # A rebalance or a broker that moves aborts one or two; what aborts this many will abort the next one too.
@@ -79,6 +83,7 @@ class _Sending:
     """A transaction on its way to Kafka."""
 
     sealed: Sealed
+    spans: dict[int, tuple[int, int]]  # partition → its first and last offset in it
     since: float
     done: Future[None]
 
@@ -129,6 +134,7 @@ class Worker:
         self._turned_at = clock()
         self._gauged_at = 0.0
         self._gave_back_at = 0.0
+        self._cells_at: float | None = None
         self._warned_of_keys = False
         self._aborted_in_a_row = 0
         self._said_at: dict[int, float] = {}  # code of an error → when it was last said
@@ -224,6 +230,9 @@ class Worker:
 
     def _submit(self, batch: list[Any]) -> None:
         self._check_keys(batch)
+        if log.isEnabledFor(logging.DEBUG):
+            spans = _spans_of(batch)
+            log.debug("batch of %d: %s", len(batch), place(self.topic, spans), extra=at("batch", self.topic, spans))
         self._give_up.clear()
         running = dict(self.assignment.running)
         self._pending = self._model_thread.submit(self._reduce, batch, running)
@@ -280,9 +289,10 @@ class Worker:
         if effects.empty:
             return
         since = self._clock()
+        spans = self._open_spans()
         sealed = seal(effects, self.assignment.running, self.outlet)
         self._dead_share.seal()
-        self._sending = _Sending(sealed, since, self._send_thread.submit(send, sealed, self.outlet))
+        self._sending = _Sending(sealed, spans, since, self._send_thread.submit(send, sealed, self.outlet))
 
     def _end_commit(self) -> None:
         """Waits for what becomes of the transaction that is being sent, and takes it over. At a batch boundary."""
@@ -301,14 +311,20 @@ class Worker:
                 raise Stopped(
                     f"{ABORTS_MAX} transactions in a row were aborted, the last one since: {error}"
                 ) from error
-            log.warning("transaction aborted (%s): going back to what was committed", error)
+            log.warning(
+                "transaction aborted (%s): going back to what was committed, before %s",
+                error, place(self.topic, sending.spans), extra=at("abort", self.topic, sending.spans),
+            )  # fmt: skip
             self._go_back()
             return
         except ProducerLost as error:
             self.metrics.transactions.labels("aborted").inc()
             self._dead_share.abort()
             self._effects, self._effects_since = Effects(), None
-            log.warning("the producer is lost (%s): making a new one and restoring", error)
+            log.warning(
+                "the producer is lost (%s): making a new one and restoring; what became of %s the changelog tells",
+                error, place(self.topic, sending.spans), extra=at("producer lost", self.topic, sending.spans),
+            )  # fmt: skip
             self.outlet = self.outlet._replace(producer=self._new_producer())
             self.assignment.restore_again(self.assignment.running)
             return
@@ -320,7 +336,34 @@ class Worker:
         self.metrics.transactions.labels("committed").inc()
         self._count(sending.sealed.effects)
         self._remember_committed()
-        log.debug("committed %d records in %.3f s", sending.sealed.effects.records, took)
+        self._look_at_cells()
+        self._say_committed(sending.sealed.effects, sending.spans, took)
+
+    def _open_spans(self) -> dict[int, tuple[int, int]]:
+        """The offsets of the open transaction, by partition."""
+        spans = {}
+        for number, partition in self.assignment.running.items():
+            first, behind = self._committed[number][0], partition.next_offset or 0
+            if behind > first:
+                spans[number] = first, behind - 1
+        return spans
+
+    def _say_committed(self, effects: Effects, spans: dict[int, tuple[int, int]], took_s: float) -> None:
+        """One line a transaction: for a person only where something in it died, else with --verbose."""
+        level = logging.INFO if effects.dead else logging.DEBUG
+        if not log.isEnabledFor(level):
+            return
+        text, more = "", {}
+        if effects.dead:
+            reasons = {str(reason): n for reason, n in Counter(letter.reason for letter in effects.dead).most_common()}
+            where = _spans_of([letter.message for letter in effects.dead])
+            counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+            text = f"; dead letters between {place(self.topic, where)}: {counts}"
+            more = {"dead": reasons, "dead_offsets": offsets_of(where)}
+        log.log(
+            level, "committed %d records of %s in %.3f s%s", effects.records, place(self.topic, spans), took_s, text,
+            extra=at("commit", self.topic, spans, records=effects.records, seconds=round(took_s, 4), **more),
+        )  # fmt: skip
 
     def _settle(self, budget_s: float | None = None) -> None:
         """Finishes the batch in the model and commits. After `budget_s` the batch is given up, and nothing of it happened."""
@@ -399,7 +442,7 @@ class Worker:
     def _restored(self, number: int, restored: Restored) -> None:
         self._adopt(restored)
         self.has_run = True
-        self._remember_committed()
+        self._committed[number] = restored.next_offset, restored.partition.totals
         self.metrics.restore_seconds.observe(restored.seconds)
         self.metrics.restored_records.inc(restored.records)
         self.metrics.lost_records.inc(restored.lost)
@@ -448,6 +491,7 @@ class Worker:
         for stage, seconds in effects.seconds.items():
             metrics.stage_seconds.labels(stage).inc(seconds)
         metrics.itm_raw.observe(effects.itm_raw)
+        metrics.itm_kept.observe(effects.itm_kept)
         metrics.itm_refined.observe(effects.itm_refined)
 
     def _update_gauges(self) -> None:
@@ -482,9 +526,23 @@ class Worker:
     def _remember_committed(self) -> None:
         positions = {number: partition.committed for number, partition in self.assignment.running.items()}
         self._committed = {
-            number: (position.next_offset, position.totals) if position else (0, Totals())
+            number: (position.next_offset, position.totals) if position else self._committed[number]
             for number, position in positions.items()
         }
+
+    def _look_at_cells(self) -> None:
+        """Now and then, right behind a commit: the stores then hold everything and the model's thread does not need them."""
+        now = self._clock()
+        if self._cells_at is not None and now - self._cells_at < CELLS_EVERY_S:
+            return
+        self._cells_at = now
+        running = self.assignment.running.values()
+        cells = [partition.store.cells_of_epoch(partition.epoch) for partition in running]
+        counts = np.concatenate([np.zeros((0, 4), np.int64), *cells])
+        counted, sizes = counts[counts[:, 0] > 0][:, [0, 3]].T
+        self.metrics.cell_counted.set(counted)
+        self.metrics.cell_reservoir.set(sizes)
+        self.metrics.largest_cell.set(counted.max(initial=0))
 
     def _store_file(self, number: int) -> Path:
         return Path(self.assignment.running[number].store.path) / "data.mdb"
@@ -518,3 +576,11 @@ class Worker:
             pass  # away is not refused
         except TldrError as error:
             self._trouble = Stopped(f"{error}; nothing that is committed is lost")
+
+def _spans_of(messages: Iterable[Any]) -> dict[int, tuple[int, int]]:
+    """The first and the last offset of messages (each partition's in their order), by partition."""
+    spans: dict[int, tuple[int, int]] = {}
+    for message in messages:
+        number, offset = message.partition(), message.offset()
+        spans[number] = spans[number][0] if number in spans else offset, offset
+    return spans

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from state.directory import StateDirectory
 from stream.kafka import Connection, group_offsets
 from tests.end_to_end.outcome import NO_ANOMALY, create_topic, outcome_of, pairs, processed, send
 from tests.end_to_end.worker_process import null_worker, refused, until, worker
@@ -82,6 +83,9 @@ def test_a_second_worker_with_the_same_instance_id_fences_the_first_which_writes
     message = refused(status, first.log, expected=7)
     assert "--instance-id" in message
     assert outcome_of(kafka, name).anomalies() == NO_ANOMALY
+    # and its next life can tell an operator, who sees no metric of a process that is gone
+    with StateDirectory(tmp_path / "0") as directory:
+        assert directory.fencings == 1
 
 
 def test_a_second_default_worker_takes_the_next_free_directory(kafka: Connection, name: str, tmp_path: Path) -> None:
