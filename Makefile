@@ -84,7 +84,21 @@ stage1: corpus ## measure stage 1's choices on the corpora, three seeds each, in
 memory: setup ## a worker's anonymous memory after 10,000 and after 100,000 records
 	$(BIN)/python benchmarks/worker_memory.py
 
+.build/grafana-venv/ready: # Grafana's own library for dashboards, to check that it knows every field
+	$(PYTHON) -m venv .build/grafana-venv
+	.build/grafana-venv/bin/pip install --quiet 'grafana-foundation-sdk==1769699998!10.1.0'
+	@touch $@
+
+REHEARSAL_SECONDS ?= 600
+rehearsal: setup ## a day in production, in miniature: scale, roll, snapshot, lose a disk, verify; writes docs/rehearsal.md and its picture
+	$(BIN)/python -m tests.end_to_end.rehearsal --seconds $(REHEARSAL_SECONDS) $(REHEARSAL)
+
+# Where the sketches of the dashboards go; docs/dashboards is what the pages show.
+SKETCHES ?= .build/observe
+observe-check: setup .build/grafana-venv/ready ## rules and dashboards on a real Prometheus with two workers and faults (needs prometheus and promtool; 4 minutes)
+	TLDR_SKETCHES=$(SKETCHES) $(BIN)/python -m pytest tests/deploy/check_prometheus.py
+
 clean: ## remove what demo and tests left behind; the environment and Kafka's jars stay
 	rm -rf demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help demo test check tests setup kafka corpus sample-bundle bench memory crash soak restart train-sample stage1 clean
+.PHONY: help demo test check tests setup kafka corpus sample-bundle bench memory crash soak restart train-sample stage1 observe-check rehearsal clean
