@@ -48,14 +48,15 @@ FIRES_WITHIN_S = 90.0
 
 
 def shortened(text: str) -> str:
-    """A query with its ranges and offsets, or a duration itself, divided by FASTER."""
+    """A query with its ranges, offsets and horizons, or a duration itself, divided by FASTER."""
 
     def shorter(found: re.Match[str]) -> str:
-        return f"{math.ceil(int(found[1]) * SECONDS[found[2]] / FASTER)}s"
+        return f"{found[1]}{math.ceil(int(found[2]) * SECONDS[found[3]] / FASTER)}s"
 
     if re.fullmatch(r"\d+[smhd]", text):
-        return re.sub(r"(\d+)([smhd])", shorter, text)
-    return re.sub(r"(\[|offset )(\d+)([smhd])", lambda m: m[1] + re.sub(r"(\d+)([smhd])", shorter, m[2] + m[3]), text)
+        return re.sub(r"()(\d+)([smhd])", shorter, text)
+    text = text.replace("24 * 3600", f"24 * {3600 // FASTER}")  # what predict_linear looks ahead
+    return re.sub(r"(\[|offset )(\d+)([smhd])", shorter, text)
 
 
 def shortened_rules() -> dict[str, Any]:
@@ -105,6 +106,7 @@ class Prometheus:
         return {course["metric"]["alertname"] for course in courses}
 
     def fires(self, alert: str) -> bool:
+        time.sleep(0.5)  # it looks once a second
         return self.value(f'count(ALERTS{{alertname="{alert}", alertstate="firing"}})') > 0
 
 
