@@ -39,7 +39,8 @@ SESSION_TIMEOUT_S = 10
 PATIENCE_S = 180.0
 WINDOW_S = 30.0
 # When each step is due, as a share of the whole; a step that comes late begins at once.
-DUE = {"scale out": 0.08, "scale in": 0.24, "roll": 0.40, "recluster": 0.56, "snapshot": 0.66, "lose a disk": 0.74,
+DUE = {"scale out": 0.08, "scale in": 0.22, "second worker": 0.34, "roll": 0.42,
+       "recluster": 0.56, "snapshot": 0.66, "lose a disk": 0.74,
        "stop the load": 0.88}  # fmt: skip
 PACKAGE = ("stream", "models", "state", "pyproject.toml", "README.md", "LICENSE")
 DOCUMENT = REPOSITORY / "docs" / "rehearsal.md"
@@ -136,9 +137,12 @@ class Rehearsal:
             say(
                 f"both drained with status 0; then their places are kept for the session time-out, {SESSION_TIMEOUT_S} s"
             )
+        self._wait_for("second worker")
+        with self._event("a second worker") as say:
+            self._start(2, old)
+            self._until_shared([1, 2])
+            say("so that the roll has somebody to wait for")
         self._wait_for("roll")
-        self._start(2, old)
-        self._until_shared([1, 2])
         with self._event("roll to a new version") as say:
             for number in (1, 2):
                 self.workers.pop(number).drain()
