@@ -264,8 +264,8 @@ def test_every_query_of_a_dashboard_returns_numbers(prometheus: Prometheus, file
     empty = []
     for panel in dashboard["panels"]:
         for target in panel["targets"]:
-            expression = target["expr"].replace("$__rate_interval", RATE_INTERVAL)
-            expression = shortened(expression).replace("$namespace", ".*").replace("$job", JOB)
+            expression = shortened(target["expr"]).replace("$__rate_interval", RATE_INTERVAL)
+            expression = expression.replace("$namespace", ".*").replace("$job", JOB)
             courses = prometheus.course(expression, since, until_)
             answers.setdefault(panel["id"], []).append((target, courses))
             numbers = [float(value) for course in courses for _, value in course["values"]]
