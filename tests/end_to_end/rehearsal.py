@@ -7,6 +7,7 @@ read from Kafka once a second. It writes docs/rehearsal.md and docs/rehearsal.pn
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import re
@@ -17,7 +18,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,6 +42,8 @@ WINDOW_S = 30.0
 DUE = {"scale out": 0.08, "scale in": 0.22, "second worker": 0.34, "roll": 0.42,
        "recluster": 0.56, "snapshot": 0.66, "lose a disk": 0.74,
        "stop the load": 0.88}  # fmt: skip
+COMMITS_BACK = 20
+FORMATS = ("state/changelog.py", "state/partition_store.py")
 PACKAGE = ("stream", "models", "state", "pyproject.toml", "README.md", "LICENSE")
 DOCUMENT = REPOSITORY / "docs" / "rehearsal.md"
 PICTURE = REPOSITORY / "docs" / "rehearsal.png"
@@ -224,7 +226,7 @@ class Rehearsal:
     def _wait_for(self, step: str) -> None:
         time.sleep(max(0.0, DUE[step] * self.seconds - self._now_s))
 
-    @contextmanager
+    @contextlib.contextmanager
     def _event(self, name: str) -> Iterator[Callable[[str], None]]:
         note = ""
 
@@ -294,12 +296,16 @@ def install(ref: str | None, folder: Path) -> Version:
 
 
 def earlier_ref() -> str | None:
-    """The newest release; before there is one, what the package was twenty commits ago; None in a checkout without a past."""
-    for arguments in (("describe", "--tags", "--abbrev=0", "HEAD~1"), ("rev-parse", "--verify", "--quiet", "HEAD~20")):
-        try:
-            return _git(*arguments)
-        except subprocess.CalledProcessError:
-            continue
+    """The newest release, else the earliest of the last twenty commits that writes the same changelog and store as this one.
+
+    Before the first release those may change from one commit to the next, and a stream then cannot be carried over.
+    """
+    with contextlib.suppress(subprocess.CalledProcessError):
+        return _git("describe", "--tags", "--abbrev=0", "HEAD~1")
+    for back in range(COMMITS_BACK, 0, -1):
+        with contextlib.suppress(subprocess.CalledProcessError):
+            _git("diff", "--quiet", f"HEAD~{back}", "HEAD", "--", *FORMATS)
+            return f"HEAD~{back}"
     return None
 
 
@@ -378,7 +384,8 @@ Kafka once a second, from what is committed.
 - The lag was at most {worst.lag:,} records ({worst.lag / rehearsal.rate:.0f} s of input), at {worst.at_s:.0f} s.
 {not_done}
 A step took until all was well again: every partition consumed, its store exact. The two versions are two builds of this
-package, each installed into a folder of its own; in a checkout of fewer than twenty commits both are the same code.
+package, each installed into a folder of its own: the newest release, or before there is one the earliest of the last twenty commits
+that writes the same changelog and store, and the working tree.
 """
 
 
