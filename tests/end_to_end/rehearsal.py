@@ -384,8 +384,8 @@ Kafka once a second, from what is committed.
 - The lag was at most {worst.lag:,} records ({worst.lag / rehearsal.rate:.0f} s of input), at {worst.at_s:.0f} s.
 {not_done}
 A step took until all was well again: every partition consumed, its store exact. The two versions are two builds of this
-package, each installed into a folder of its own: the newest release, or before there is one the earliest of the last twenty commits
-that writes the same changelog and store, and the working tree.
+package, each installed into a folder of its own: the newest release, or before there is one the earliest of the last
+twenty commits that writes the same changelog and store; and the working tree.
 """
 
 
