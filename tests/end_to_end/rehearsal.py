@@ -89,6 +89,7 @@ class Rehearsal:
     samples: list[Sample] = field(default_factory=list)
     not_done: list[str] = field(default_factory=list)
     workers: dict[int, WorkerProcess] = field(default_factory=dict)
+    _epochs: dict[int, int] = field(default_factory=dict)  # of each partition, as committed
 
     def run(self) -> dict[str, Any]:
         """Everything from the start to what `verify` says (its JSON)."""
@@ -120,7 +121,7 @@ class Rehearsal:
                     if worker.running:
                         worker.kill()
             with self._event("verify") as say:
-                verified = self._command("verify", "--topic", TOPIC, "--bundle", str(self.bundle), allowed=(0, 5))
+                verified = self._command("verify", "--topic", TOPIC, allowed=(0, 5))
                 say(_proof(verified))
         return verified
 
@@ -179,8 +180,10 @@ class Rehearsal:
             self.not_done.append("recluster: this version has no such command yet")
             return
         with self._event("recluster") as say:
-            self._command("recluster", "--topic", TOPIC, "--out", str(self.folder / "reclustered"), "--announce")
-            say("new centroids, announced; the workers switch between two batches")
+            epoch = 1 + max(self._epochs.values())
+            self._command("recluster", "--topic", TOPIC, "--out", str(self.folder / "reclustered"))
+            until(lambda: min(self._epochs.values()) == epoch, "every partition has switched", PATIENCE_S)
+            say("new clusters from the newest index vectors, announced; until every partition had switched to them")
 
     # -- what is running -----------------------------------------------------------------------------------------------
 
@@ -250,6 +253,7 @@ class Rehearsal:
                 ends = end_offsets(self.kafka, TOPIC, range(PARTITIONS))
             except TldrError:  # nothing is committed yet
                 continue
+            self._epochs |= {p: part.position.epoch for p, part in view.partitions.items() if part.position}
             done = {p: part.position.next_offset for p, part in view.partitions.items() if part.position}
             lag = sum(end - done.get(p, 0) for p, end in ends.items())
             totals = view.totals
