@@ -225,12 +225,9 @@ def consume(
     """
     from stream.consume import ConsumeOptions
     from stream.consume import consume as job
-    from stream.errors import TldrError
     from stream.kafka import Connection
-    from stream.logs import JSON, TEXT, set_up_logs
+    from stream.logs import set_up_logs
 
-    if log_format not in (TEXT, JSON):
-        raise TldrError(f"--log-format {log_format}: use `{TEXT}` or `{JSON}`")
     set_up_logs(verbose, log_format)
     job(
         ConsumeOptions(
@@ -271,6 +268,7 @@ def consume(
             on_data_loss=on_data_loss,
             dlq_limit=dlq_limit,
             transaction_timeout_s=transaction_timeout_s,
+            log_format=log_format,
         )
     )
 

@@ -43,6 +43,7 @@ from stream.kafka import (
     topic_id,
     topic_setting,
 )
+from stream.logs import JSON, TEXT
 from stream.metrics import HealthServer, Metrics
 from stream.raw_format import raw_reader
 from stream.records import Codec
@@ -120,6 +121,7 @@ class ConsumeOptions:
     on_data_loss: str = "stop"
     dlq_limit: str | None = None
     transaction_timeout_s: float = 10.0
+    log_format: str = TEXT
 
 
 def consume(options: ConsumeOptions) -> None:
@@ -200,6 +202,8 @@ def refuse_impossible(options: ConsumeOptions) -> None:
     _dlq_limit(options)
     if options.on_data_loss not in ("stop", "continue"):
         raise TldrError(f"--on-data-loss {options.on_data_loss}: use `stop` or `continue`")
+    if options.log_format not in (TEXT, JSON):
+        raise TldrError(f"--log-format {options.log_format}: use `{TEXT}` or `{JSON}`")
     if options.stream is not None and not options.stream.strip():
         raise TldrError("--stream needs a name")
     if options.instance_id is not None and not INSTANCE_ID.fullmatch(options.instance_id):
