@@ -577,6 +577,7 @@ class Worker:
         except TldrError as error:
             self._trouble = Stopped(f"{error}; nothing that is committed is lost")
 
+
 def _spans_of(messages: Iterable[Any]) -> dict[int, tuple[int, int]]:
     """The first and the last offset of messages (each partition's in their order), by partition."""
     spans: dict[int, tuple[int, int]] = {}

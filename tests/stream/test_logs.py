@@ -85,7 +85,7 @@ def test_every_offset_lies_in_one_batch_and_one_transaction_of_the_log(
                 if span["partition"] == partition
             ]
             assert spans[0][0] == 0
-            assert spans[-1][1] == outcome.ends[partition] - 1
+            assert spans[-1][1] == outcome.view.cut[partition] - 1
             assert all(before[1] + 1 == after[0] for before, after in pairwise(spans))
     # and a dead letter lies where its transaction says
     dead = [line for line in events if line.get("event") == "commit" and "dead" in line]
