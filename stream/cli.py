@@ -333,6 +333,44 @@ def ingest(
 
 
 @app.command(cls=JobCommand)
+def topics(
+    topic: Topic,
+    stream: Stream = None,
+    partitions: Annotated[int, typer.Option(help="Partitions of the raw topic; they may never change.", min=1)] = 4,
+    replication_factor: Annotated[
+        int | None, typer.Option(help="Replicas of each partition.  [default: the brokers']", min=1)
+    ] = None,
+    min_insync_replicas: Annotated[
+        int | None,
+        typer.Option(help="Replicas that must have a record before it counts.  [default: the brokers']", min=1),
+    ] = None,
+    record_bytes: Annotated[int, typer.Option(help="Largest raw record in bytes.", min=1024)] = 8 * 1024 * 1024,
+    retention_ms: Annotated[int, typer.Option(help="How long raw pairs stay; -1: for ever.", min=-1)] = 7
+    * 24
+    * 3600
+    * 1000,
+    bootstrap_servers: BootstrapServers = DEFAULT_BOOTSTRAP,
+    kafka: KafkaSettings = None,
+    kafka_properties: KafkaProperties = None,
+    json: Json = False,
+) -> None:
+    """Create the topics of a stream that are missing, raw topic included, and tell where those that are there differ.
+
+    Example: tldr-stream topics --topic raw-pairs --partitions 64 --replication-factor 3 --min-insync-replicas 2
+    """
+    from stream.kafka import Connection
+    from stream.results import show
+    from stream.topic_set import TopicOptions
+    from stream.topic_set import make_topics as job
+
+    connection = Connection.of(bootstrap_servers, kafka or (), kafka_properties)
+    options = TopicOptions(
+        topic, stream or topic, partitions, replication_factor, min_insync_replicas, record_bytes, retention_ms
+    )
+    show(job(connection, options), json)
+
+
+@app.command(cls=JobCommand)
 def forget(
     topic: Topic,
     ids: Annotated[list[str] | None, typer.Argument(metavar="ID...", help="Ids of the pairs.")] = None,
@@ -918,6 +956,66 @@ def bootstrap(
     if announce:
         announce_folder(connection, out)
     show(result, json)
+
+
+@app.command(cls=JobCommand)
+def plan(
+    pairs_per_second: Annotated[float | None, typer.Option(help="Raw pairs a second, on average.")] = None,
+    pairs_per_day: Annotated[float | None, typer.Option(help="… or a day.")] = None,
+    gpu: Annotated[str, typer.Option(help="h200, h100, a100, l40s, l4; or cpu, with the sample bundle.")] = "h100",
+    images_per_second: Annotated[
+        float | None,
+        typer.Option(help="What your GPU does with your bundle, measured.  [default: assumed for the GPU]"),
+    ] = None,
+    ratio: Annotated[str, typer.Option(help="Share M of each cell that is kept: 25, 25% or 1/4.")] = "25%",
+    record_bytes: Annotated[int, typer.Option(help="Bytes of a raw record: image and caption.")] = 30_000,
+    clusters: Annotated[int, typer.Option(help="Clusters N.")] = 3000,
+    tokens: Annotated[int, typer.Option(help="Codes of an index vector, L.")] = 196,
+    days: Annotated[float, typer.Option(help="How long the stream is to run on these disks.")] = 365.0,
+    duplicates: Annotated[float, typer.Option(help="Share of the pairs that were seen before.")] = 0.0,
+    cell_cap: Annotated[
+        int | None, typer.Option(help="Most pairs a cell may hold.  [default: no limit]", min=1)
+    ] = None,
+    dedupe_window: Annotated[
+        int | None, typer.Option(help="Offsets for which an id is remembered.  [default: for ever]", min=1)
+    ] = None,
+    raw_retention_days: Annotated[float, typer.Option(help="How long raw pairs stay on the topic.")] = 7.0,
+    replication: Annotated[int, typer.Option(help="Replicas of each partition.")] = 3,
+    headroom: Annotated[float, typer.Option(help="How much faster than the pairs come workers shall be.")] = 1.5,
+    growth: Annotated[float, typer.Option(help="How many times the workers the partitions leave room for.")] = 4.0,
+    decode_per_core: Annotated[float, typer.Option(help="Images that a core decodes a second.")] = 700.0,
+    json: Json = False,
+) -> None:
+    """Compute what a stream needs: workers, partitions, cores, memory, disks, traffic; docs/operate.md has the formulas.
+
+    Example: tldr-stream plan --pairs-per-second 1000 --gpu h100
+    """
+    from stream.errors import TldrError
+    from stream.plan import DAY_S, Load
+    from stream.plan import plan as compute
+    from stream.results import show
+
+    if (pairs_per_second is None) == (pairs_per_day is None):
+        raise TldrError("give --pairs-per-second or --pairs-per-day, one of them")
+    load = Load(
+        pairs_per_second=pairs_per_second if pairs_per_second is not None else (pairs_per_day or 0.0) / DAY_S,
+        gpu=gpu,
+        images_per_second=images_per_second,
+        ratio=ratio,
+        record_bytes=record_bytes,
+        clusters=clusters,
+        tokens=tokens,
+        days=days,
+        duplicates=duplicates,
+        cell_cap=cell_cap,
+        dedupe_window=dedupe_window,
+        raw_retention_days=raw_retention_days,
+        replication=replication,
+        headroom=headroom,
+        growth=growth,
+        decode_per_core=decode_per_core,
+    )
+    show(compute(load), json)
 
 
 def _say(line: str) -> None:

@@ -325,8 +325,10 @@ def topic_id(connection: Connection, topic: str) -> str:
     return str(described.topic_id)
 
 
-def create_missing(connection: Connection, topics: Mapping[str, Mapping[str, str]], partitions: int) -> list[str]:
-    """Creates those of `topics` (name → settings) that do not exist; their names. Replication is the broker's default."""
+def create_missing(
+    connection: Connection, topics: Mapping[str, Mapping[str, str]], partitions: int, replication: int | None = None
+) -> list[str]:
+    """Creates those of `topics` (name → settings) that do not exist; their names. replication  None: the broker's default."""
     existing = partition_counts(connection, topics)
     for name, count in existing.items():
         if count != partitions:
@@ -334,7 +336,7 @@ def create_missing(connection: Connection, topics: Mapping[str, Mapping[str, str
                 f"topic {name} has {count} partitions and its raw topic {partitions}: use another --stream, or recreate it"
             )
     missing = [
-        NewTopic(name, num_partitions=partitions, config=dict(settings))
+        NewTopic(name, num_partitions=partitions, replication_factor=replication or -1, config=dict(settings))
         for name, settings in topics.items()
         if name not in existing
     ]

@@ -1,8 +1,8 @@
 """Checks of the Helm chart that need no cluster: `make deploy-check` runs them and sums up what was and was not checked.
 
-Renders each value set with Helm, then: Kubernetes' own schemas, the CRDs of KEDA, Strimzi and the Prometheus operator, Checkov's
-policies, our own rules, the program's options, the program's topics, and values that must be refused. It runs in an environment of
-its own (.build/deploy-venv); what needs the program asks it in the project's (options.py).
+Renders each value set with Helm, then: Kubernetes' own schemas, the CRDs of KEDA, Strimzi and the Prometheus operator,
+Checkov's policies, our own rules, the program's options, the program's topics, and values that must be refused. It runs in an
+environment of its own (.build/deploy-venv); what needs the program asks it in the project's (options.py).
 """
 
 from __future__ import annotations
@@ -224,7 +224,8 @@ def policies(report: Report) -> None:
         else:
             report.wrong.append(f"{Path(failed['file_path']).stem}: {resource}: {check} {failed['check_name']}")
     report.checked.append(
-        f"Checkov's Kubernetes policies: {summary['passed']} passed, {len(excused)} policies not followed ({', '.join(sorted(excused))})"
+        f"Checkov's Kubernetes policies: {summary['passed']} passed, {len(excused)} policies not followed "
+        f"({', '.join(sorted(excused))})"
     )
     report.wrong += [
         f"chart.py excuses {check}, which nothing needs" for check in sorted(NOT_FOLLOWED.keys() - excused.keys())
