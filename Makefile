@@ -98,7 +98,24 @@ SKETCHES ?= .build/observe
 observe-check: setup .build/grafana-venv/ready ## rules and dashboards on a real Prometheus with two workers and faults (needs prometheus and promtool; 4 minutes)
 	TLDR_SKETCHES=$(SKETCHES) $(BIN)/python -m pytest tests/deploy/check_prometheus.py
 
+deploy-check: setup .build/deploy/ready observe-check ## chart, image and compose file, without a cluster or an engine, and observe-check (network and go the first time)
+	$(BIN)/python deploy/checks/values_table.py --check
+	.build/deploy-venv/bin/python deploy/checks/chart.py
+	$(BIN)/python deploy/checks/image.py $(IMAGE_CHECK)
+
+deploy-check-install: ## … and the image's install steps, as its user, at work on a real Kafka (several GB)
+	$(MAKE) deploy-check IMAGE_CHECK=--install
+
+chart-table: setup ## the table of values in the chart's README
+	$(BIN)/python deploy/checks/values_table.py
+
+# Helm builds in some minutes; the CRDs are those of KEDA, of the Prometheus operator, and what Strimzi's generator makes.
+.build/deploy/ready: deploy/checks/tools.sh deploy/checks/strimzi.xml
+	deploy/checks/tools.sh
+	@touch $@
+
 clean: ## remove what demo and tests left behind; the environment and Kafka's jars stay
 	rm -rf demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .PHONY: help demo test check tests setup kafka corpus sample-bundle bench memory crash soak restart train-sample stage1 observe-check rehearsal clean
+.PHONY: deploy-check deploy-check-install chart-table

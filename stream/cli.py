@@ -629,6 +629,16 @@ def snapshot(
     ] = None,
     manifest_only: Annotated[bool, typer.Option("--manifest-only", help="Say which pairs, write none.")] = False,
     shard_pairs: Annotated[int, typer.Option(help="Pairs in a shard, about.", min=1)] = 10_000,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Only every N-th partition from I on; N processes share a snapshot, the last one writes the manifest.",
+        ),
+    ] = None,
+    scratch: Annotated[
+        Path | None, typer.Option(help="Folder of the temporary index, on a local disk.  [default: OUT]")
+    ] = None,
     bootstrap_servers: BootstrapServers = DEFAULT_BOOTSTRAP,
     kafka: KafkaSettings = None,
     kafka_properties: KafkaProperties = None,
@@ -645,6 +655,7 @@ def snapshot(
     from stream.cut import parse_cut
     from stream.results import show
     from stream.snapshot import snapshot as take
+    from stream.snapshot_parts import Part
 
     source = _source(
         topic, stream, bootstrap_servers, kafka, kafka_properties, schemas, schema_registry, schema_registry_properties
@@ -657,6 +668,8 @@ def snapshot(
         cut=None if cut is None else parse_cut(cut),
         manifest_only=manifest_only,
         shard_pairs=shard_pairs,
+        part=None if part is None else Part.parse(part),
+        scratch=scratch,
     )
     show(taken, json)
 

@@ -1,7 +1,8 @@
 """`snapshot`: the reduced set at one cut of the committed stream, frozen into files that a training run reads.
 
 Two passes over the kept topic: the first fills an index on disk (kept_index.py), the second streams the chosen pairs into
-shards. The same cut gives the same bytes, whenever it is taken; a run that was interrupted goes on where it stopped.
+shards. The same cut gives the same bytes, whenever it is taken; a run that was interrupted goes on where it stopped. Several
+processes may share the partitions (snapshot_parts.py).
 """
 
 from __future__ import annotations
@@ -26,12 +27,10 @@ from stream.kept_index import KeptIndex
 from stream.progress import Progress
 from stream.rights import check_rights
 from stream.shards import FORMATS, PARTIAL, Format, Shard, ShardFile, write_whole
+from stream.snapshot_parts import Part, missing_parts, put_together, remove_reports, reports
 from stream.snapshot_state import FORMAT_VERSION, MANIFEST, KnownIds, SetPair, sealed, write_state
-from stream.stream_view import ChangelogFollower, StreamSource, StreamView, read_kept, whole
+from stream.stream_view import ChangelogFollower, NothingCommitted, StreamSource, StreamView, read_kept, whole
 
-STATE = "unfinished.json"
-INDEX = ".index"
-LOCK = ".lock"
 SHARD_PAIRS = 10_000
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # LMDB reports a short write on a full disk as EIO.
@@ -40,7 +39,7 @@ _NO_ROOM_FOR_LMDB = _NO_ROOM | {errno.EIO}
 
 @dataclass(frozen=True)
 class SnapshotTaken:
-    """What `snapshot` made. files: none where only the manifest was asked for."""
+    """What `snapshot` made. files: none where only the manifest was asked for. parts_missing: the manifest waits for them."""
 
     folder: Path
     manifest: Path
@@ -55,6 +54,8 @@ class SnapshotTaken:
     files: list[ShardFile]
     bytes: int
     reused_files: int
+    part: str = ""
+    parts_missing: int = 0
 
     def lines(self) -> Iterator[str]:
         """The result for a person."""
@@ -64,7 +65,10 @@ class SnapshotTaken:
         kept = f", {self.reused_files} of them from an earlier run" if self.reused_files else ""
         if self.files:
             yield f"  files      {len(self.files):,}, {self.bytes / 1e6:,.1f} MB{kept}"
-        yield f"  manifest   {self.manifest}, sha256 {self.manifest_sha256}"
+        if self.parts_missing:
+            yield f"  part       {self.part}; the last of the {self.parts_missing} others to finish writes the manifest"
+        else:
+            yield f"  manifest   {self.manifest}, sha256 {self.manifest_sha256}"
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,40 @@ class _Wanted:
         return {**self.__dict__, "offsets": {str(p): offset for p, offset in sorted(self.offsets.items())}}
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a snapshot, or a part of one, is written; a part's own files have its number in their names."""
+
+    out: Path
+    scratch: Path
+    part: Part | None
+
+    def _named(self, start: str, end: str = "") -> str:
+        return f"{start}{self.part.suffix if self.part else ''}{end}"
+
+    @property
+    def state(self) -> Path:
+        return self.out / self._named("unfinished", ".json")
+
+    @property
+    def lock(self) -> Path:
+        return self.out / self._named(".lock")
+
+    @property
+    def index(self) -> Path:
+        return self.scratch / self._named(".index")
+
+    @property
+    def report(self) -> Path:
+        """What says that all is done: the manifest, or the part's share of it."""
+        return self.out / (self.part.report() if self.part else MANIFEST)
+
+    def allows(self, name: str) -> bool:
+        """Whether a file may lie in a folder that holds no snapshot yet."""
+        own = (self.index.name, self.lock.name, self.state.name + PARTIAL)
+        return name in own or (self.part is not None and self.part.allows(name))
+
+
 def snapshot(
     source: StreamSource,
     out: Path,
@@ -91,33 +129,52 @@ def snapshot(
     cut: Mapping[int, int] | None = None,
     manifest_only: bool = False,
     shard_pairs: int = SHARD_PAIRS,
+    part: Part | None = None,
+    scratch: Path | None = None,
 ) -> SnapshotTaken:
     """Freezes the reduced set at `cut` (None: the newest, or the one that an unfinished run in `out` began with).
 
-    ratio  share of the counted pairs, at most the stream's own (None: all of the set)
+    ratio    share of the counted pairs, at most the stream's own (None: all of the set)
+    part     take these partitions only; the last part to finish in `out` writes the manifest of all
+    scratch  folder of the temporary index (None: `out`)
     Raises TldrError: another snapshot in `out`, a cut that is not committed yet or that compaction has eaten, a full disk.
     """
     if format not in FORMATS:
         raise TldrError(f"there is no format {format}: give {' or '.join(FORMATS)}")
     check_rights(source.connection, "snapshot", stream=source.name)
     ids = KnownIds()
-    view = ChangelogFollower(source).advance(ids.take, wait=True)
+    view = _view_of(source, ids, part)
     sampled = view.settings.ratio
     wanted_ratio = ratio or sampled
     if wanted_ratio.share > sampled.share:
         raise TldrError(
             f"the stream keeps {sampled} of what it counts, so --ratio {wanted_ratio} cannot be taken from it"
         )
-    with _full_disk_explained(out), _locked(out):
-        before = _before(out)
+    place = _Place(out, scratch or out, part)
+    with _full_disk_explained(out), _locked(place):
+        before = _before(place, view)
+        if cut is not None and part is not None:
+            cut = {p: offset for p, offset in cut.items() if p in view.partitions}
         offsets = dict(cut) if cut is not None else _offsets_of(before) or view.cut
         wanted = _Wanted(source.name, format, str(wanted_ratio), shard_pairs, manifest_only, offsets)
         _refuse_another(out, before, wanted)
         if before is not None and before["finished"]:
-            return _result(out, json.loads((out / MANIFEST).read_text()), len(before["files"]))
+            return _finished(place, len(before["files"]))
         files = {file.name: file for file in _still_there(out, before)}
         at = cut_at(source, view, offsets) if offsets != view.cut else newest_cut(view)
-        return _take(source, view, at, ids, out, wanted, wanted_ratio, files)
+        return _take(source, view, at, ids, place, wanted, wanted_ratio, files)
+
+
+def _view_of(source: StreamSource, ids: KnownIds, part: Part | None) -> StreamView:
+    """What the partitions of this part have committed; the settings may have to come from another one's."""
+    if part is None:
+        return ChangelogFollower(source).advance(ids.take, wait=True)
+    try:
+        return ChangelogFollower(source, part.partitions).advance(ids.take, wait=True)
+    except NothingCommitted:
+        view = ChangelogFollower(source).advance(wait=True)
+        mine = part.partitions(len(view.partitions))
+        return StreamView(view.topics, view.settings, {p: view.partitions[p] for p in mine})
 
 
 def _take(
@@ -125,15 +182,15 @@ def _take(
     view: StreamView,
     cut: Cut,
     ids: KnownIds,
-    out: Path,
+    place: _Place,
     wanted: _Wanted,
     ratio: Ratio,
     done: dict[str, ShardFile],
 ) -> SnapshotTaken:
-    settings = view.settings
-    _note(out, wanted, done.values())
-    _clear(out, done)
-    with KeptIndex(out / INDEX) as index:
+    settings, out = view.settings, place.out
+    _note(place, wanted, done.values())
+    _clear(place, done, view)
+    with KeptIndex(place.index) as index:
         fill_index(source, index, view, cut)
         refuse_an_eaten_cut(source, index, view, cut)
         plan = {
@@ -144,15 +201,36 @@ def _take(
         if not wanted.manifest_only:
             with Progress("writing shards", sum(sum(pairs) for _, pairs in plan.values()), "pairs") as progress:
                 for p, (_, pairs) in plan.items():
-                    _write_partition(source, index, p, len(pairs), FORMATS[wanted.format], out, wanted, done, progress)
-        manifest = sealed(
-            _manifest(view, cut, wanted, plan, sorted(done.values()), epoch_pairs(index, view))
-            | {"state": _write_states(out, view, cut, ids, index)}
-        )
-        write_whole(out / MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
-    _clear(out, done)
-    (out / STATE).unlink(missing_ok=True)
-    return _result(out, manifest, reused)
+                    _write_partition(
+                        source, index, p, len(pairs), FORMATS[wanted.format], place, wanted, done, progress
+                    )
+        manifest = _manifest(view, cut, wanted, plan, sorted(done.values()), epoch_pairs(index, view)) | {
+            "state": _write_states(out, view, cut, ids, index)
+        }
+        write_whole(place.report, _as_bytes(manifest if place.part else sealed(manifest)))
+    _clear(place, done, view)
+    place.state.unlink(missing_ok=True)
+    return _finished(place, reused)
+
+
+def _as_bytes(manifest: Mapping[str, Any]) -> bytes:
+    return (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _finished(place: _Place, reused: int) -> SnapshotTaken:
+    """The result of a snapshot that is whole, or of a part; the last part makes the whole of all."""
+    out, part = place.out, place.part
+    if part is None:
+        return _result(out, json.loads(place.report.read_text()), reused)
+    missing = missing_parts(out, part)
+    if missing and not (out / MANIFEST).exists():
+        own = json.loads(place.report.read_text())
+        return _result(out, {**own, "sha256": ""}, reused, str(part), len(missing))
+    with contextlib.suppress(FileNotFoundError):  # another part was as fast, and has removed the reports
+        if not (out / MANIFEST).exists():
+            write_whole(out / MANIFEST, _as_bytes(sealed(put_together(reports(out, part)))))
+    remove_reports(out, part)
+    return _result(out, json.loads((out / MANIFEST).read_text()), reused, str(part))
 
 
 # -- the set at the cut ------------------------------------------------------------------------------------------------
@@ -225,7 +303,7 @@ def _write_partition(
     partition: int,
     shards: int,
     form: Format,
-    out: Path,
+    place: _Place,
     wanted: _Wanted,
     done: dict[str, ShardFile],
     progress: Progress,
@@ -239,13 +317,13 @@ def _write_partition(
         with contextlib.ExitStack() as discarding:
             open_shards: dict[int, Shard] = {}
             for shard in group:
-                open_shards[shard] = form.shard(out, names[shard], partition)
+                open_shards[shard] = form.shard(place.out, names[shard], partition)
                 discarding.callback(open_shards[shard].discard)
             _fill_shards(source, index, partition, open_shards, progress)
             for shard in group:
                 done[names[shard]] = open_shards[shard].finish()
             discarding.pop_all()
-        _note(out, wanted, done.values())
+        _note(place, wanted, done.values())
 
 
 def _fill_shards(
@@ -334,7 +412,9 @@ def _epochs(view: StreamView, cut: Cut, pairs: Mapping[int, int]) -> list[dict[s
     return [epochs[epoch] for epoch in sorted(epochs)]
 
 
-def _result(out: Path, manifest: Mapping[str, Any], reused: int) -> SnapshotTaken:
+def _result(
+    out: Path, manifest: Mapping[str, Any], reused: int, part: str = "", parts_missing: int = 0
+) -> SnapshotTaken:
     files = [ShardFile(**file) for file in manifest["files"]]
     return SnapshotTaken(
         folder=out,
@@ -350,20 +430,26 @@ def _result(out: Path, manifest: Mapping[str, Any], reused: int) -> SnapshotTake
         files=files,
         bytes=sum(file.bytes for file in files),
         reused_files=reused,
+        part=part,
+        parts_missing=parts_missing,
     )
 
 
-def _before(out: Path) -> dict[str, Any] | None:
+def _before(place: _Place, view: StreamView) -> dict[str, Any] | None:
     """What an earlier run in this folder wanted and finished; None: the folder is empty. Raises TldrError for others."""
-    for name in (MANIFEST, STATE):
-        path = out / name
+    out = place.out
+    for path in (out / MANIFEST, place.report, place.state):
         if path.exists():
             try:
                 found: dict[str, Any] = json.loads(path.read_text())
-                return {"finished": name == MANIFEST, "wanted": {k: found[k] for k in _FIELDS}, "files": found["files"]}
-            except (ValueError, KeyError, TypeError) as error:
+                wanted = {k: found[k] for k in _FIELDS}
+                if place.part is not None:
+                    mine = {str(p) for p in view.partitions}
+                    wanted["offsets"] = {p: offset for p, offset in wanted["offsets"].items() if p in mine}
+                return {"finished": path != place.state, "wanted": wanted, "files": found["files"]}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise TldrError(f"{path} is not a snapshot's: give an empty folder") from error
-    if strange := sorted(path.name for path in out.iterdir() if path.name not in (INDEX, LOCK, STATE + PARTIAL)):
+    if strange := sorted(path.name for path in out.iterdir() if not place.allows(path.name)):
         raise TldrError(f"{out} is not empty ({strange[0]}) and holds no snapshot: give an empty or a new folder")
     return None
 
@@ -401,24 +487,26 @@ def _still_there(out: Path, before: Mapping[str, Any] | None) -> Iterator[ShardF
             yield file
 
 
-def _note(out: Path, wanted: _Wanted, files: Iterable[ShardFile]) -> None:
+def _note(place: _Place, wanted: _Wanted, files: Iterable[ShardFile]) -> None:
     state = {**wanted.as_json(), "files": [file._asdict() for file in sorted(files)]}
-    write_whole(out / STATE, json.dumps(state).encode())
+    write_whole(place.state, json.dumps(state).encode())
 
 
-def _clear(out: Path, done: Mapping[str, ShardFile]) -> None:
-    """Removes the index and whatever an interrupted run left half-written."""
-    shutil.rmtree(out / INDEX, ignore_errors=True)
-    for path in out.glob("part-*"):
+def _clear(place: _Place, done: Mapping[str, ShardFile], view: StreamView) -> None:
+    """Removes the index and whatever an interrupted run left half-written; of a part, what belongs to its partitions."""
+    shutil.rmtree(place.index, ignore_errors=True)
+    patterns = ["part-*"] if place.part is None else [f"part-{p:05d}-*" for p in view.partitions]
+    for path in (path for pattern in patterns for path in place.out.glob(pattern)):
         if path.name not in done:
             path.unlink()
 
 
 @contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """One snapshot at a time in a folder."""
+def _locked(place: _Place) -> Iterator[None]:
+    """One snapshot at a time in a folder, or one process for a part."""
+    out = place.out
     out.mkdir(parents=True, exist_ok=True)
-    with (out / LOCK).open("w") as lock:
+    with place.lock.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -426,7 +514,7 @@ def _locked(out: Path) -> Iterator[None]:
                 f"another snapshot is being written into {out}: wait for it, or give another folder"
             ) from error
         yield
-        (out / LOCK).unlink(missing_ok=True)
+        place.lock.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

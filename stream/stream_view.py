@@ -207,13 +207,18 @@ class StreamView:
         return Totals(*map(sum, zip(*(view.totals for view in self.partitions.values()), strict=True)))
 
 
+class NothingCommitted(TldrError):
+    """No worker has committed anything to these partitions."""
+
+
 class ChangelogFollower:
     """The head of a stream's changelog, kept up to date by `advance`; only what is new is read again.
 
+    partitions  which of so many partitions to follow: all of them unless given
     Raises TldrError where the stream does not exist.
     """
 
-    def __init__(self, source: StreamSource) -> None:
+    def __init__(self, source: StreamSource, partitions: Callable[[int], Iterable[int]] = range) -> None:
         self.connection, self.topics = source.connection, source.topics
         connection, topics = source.connection, source.topics
         count = partition_counts(connection, [topics.changelog]).get(topics.changelog)
@@ -222,7 +227,7 @@ class ChangelogFollower:
                 f"there is no stream {topics.name} at {connection.bootstrap_servers} (no topic {topics.changelog}): "
                 "check --stream and --topic, or start a worker with `tldr-stream consume`"
             )
-        self._views = {p: PartitionView(p) for p in range(count)}
+        self._views = {p: PartitionView(p) for p in partitions(count)}
         self._next: dict[int, int] = {}
         self._settings: StreamSettings | None = None
 
@@ -231,7 +236,7 @@ class ChangelogFollower:
 
         on_record  is given the records of the other kinds (E, K, F), oldest first
         wait       True: reads to the true end, waiting for open transactions; False: to the last stable offset
-        Raises TldrError if no worker has committed anything yet.
+        Raises NothingCommitted if no worker has committed anything yet.
         """
         spans = whole(self.connection, self.topics.changelog, self._views, committed=not wait)
         for p, position in self._next.items():
@@ -241,7 +246,7 @@ class ChangelogFollower:
                 self._take(message, on_record)
         self._next = {p: max(self._next.get(p, 0), end) for p, (_, end) in spans.items()}
         if self._settings is None:
-            raise TldrError(f"the stream {self.topics.name} has committed nothing yet: start a worker, or wait")
+            raise NothingCommitted(f"the stream {self.topics.name} has committed nothing yet: start a worker, or wait")
         return StreamView(self.topics, self._settings, self._views)
 
     def _take(self, message: Message, on_record: Callable[[ChangelogRecord], None] | None) -> None:
