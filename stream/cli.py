@@ -984,7 +984,7 @@ def plan(
     record_bytes: Annotated[int, typer.Option(help="Bytes of a raw record: image and caption.")] = 30_000,
     clusters: Annotated[int, typer.Option(help="Clusters N.")] = 3000,
     tokens: Annotated[int, typer.Option(help="Codes of an index vector, L.")] = 196,
-    days: Annotated[float, typer.Option(help="How long the stream is to run on these disks.")] = 365.0,
+    days: Annotated[float, typer.Option(help="How long the stream is to run on these disks.")] = 90.0,
     duplicates: Annotated[float, typer.Option(help="Share of the pairs that were seen before.")] = 0.0,
     cell_cap: Annotated[
         int | None, typer.Option(help="Most pairs a cell may hold.  [default: no limit]", min=1)

@@ -6,6 +6,7 @@ Pure: it asks no broker and no GPU. Every constant names where it comes from; do
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from state.quota import Ratio
 from stream.errors import TldrError
 
 DAY_S = 86_400
+LINE_WIDTH = 100
 
 # -- measured (benchmarks/RESULTS.md, README, docs/reference.md; two x86-64 cores, 2026-11-25) ---------------------------
 
@@ -108,7 +110,7 @@ class Load:
     record_bytes: int = 30_000
     clusters: int = 3000
     tokens: int = 196
-    days: float = 365.0
+    days: float = 90.0
     duplicates: float = 0.0
     cell_cap: int | None = None
     dedupe_window: int | None = None
@@ -159,44 +161,32 @@ class Sizing:
             f"{load.pairs_per_second:,.0f} pairs/s ({load.pairs_per_second * DAY_S / 1e6:,.1f} million a day) of "
             f"{load.record_bytes / 1000:,.0f} kB, M = {load.ratio}, N = {load.clusters:,}"
         )
-        yield f"  one worker    {self.images_per_second:,.0f} pairs/s on {load.gpu}, bound by the {self.bound_by}"
-        yield f"                {self.rate_source}"
         spare = (
-            ""
-            if self.workers == self.workers_needed
-            else f" ({self.workers_needed} keeps up; a second, for a lost node)"
+            "" if self.workers == self.workers_needed else f"; {self.workers_needed} keeps up, one more for a lost node"
         )
-        yield f"  workers       {self.workers}{spare}, with {load.headroom:g} x the rate to catch up"
-        yield (
-            f"  each          {self.cores_per_worker} cores, {gb(self.memory_bytes_per_worker)} of memory, "
-            f"{gb(self.store_bytes_per_worker)} of disk after {load.days:g} days"
-        )
-        yield f"  partitions    {self.partitions} (for ever: room for {load.growth:g} x the workers)"
-        yield (
-            f"  cells         {load.clusters * self.partitions:,}, {self.counted_per_cell_a_day:,.0f} counted pairs a day "
-            f"each; bootstrap from {self.bootstrap_pairs:,} pairs"
-        )
-        yield (
-            f"  the set       {self.in_set / 1e6:,.0f} million of {self.pairs / 1e6:,.0f} million pairs after "
-            f"{load.days:g} days"
-        )
-        yield (
-            f"  stores        {self.store_bytes_per_million / 1e6:,.0f} MB a million pairs; a lost one is rebuilt in "
-            f"{minutes(self.restore_s)}"
-        )
-        yield (
-            f"  Kafka disk    raw {gb(self.raw_bytes)} ({load.raw_retention_days:g} days), kept {gb(self.kept_bytes)}, "
-            f"changelog {gb(self.changelog_bytes)}, codes {gb(self.codes_bytes)}"
-        )
-        yield (
-            f"  Kafka traffic {self.read_bytes_per_s / 1e6:,.0f} MB/s to the workers, "
-            f"{self.written_bytes_per_s / 1e6:,.0f} MB/s from them; {load.replication} replicas"
-        )
-        yield f"  a snapshot    {self.snapshot_hours_one_process:,.1f} h in one process, divided by its parts"
-        yield f"  cost          {self.gpu_hours_a_day:,.0f} {'worker' if load.gpu == CPU else 'GPU'} hours a day"
-        yield from (f"  beyond        {line}" for line in self.beyond)
-        for assumption in self.assumptions:
-            yield f"  assumed       {assumption}"
+        million = f"{self.store_bytes_per_million / 1e6:,.1f} MB"
+        rows = [
+            ("one worker", f"{self.images_per_second:,.0f} pairs/s on {load.gpu}, bound by the {self.bound_by}; "
+                f"{self.rate_source}"),
+            ("workers", f"{self.workers}, for {load.headroom:g} x the rate so that they catch up{spare}"),
+            ("each", f"{self.cores_per_worker} cores, {gb(self.memory_bytes_per_worker)} of memory, "
+                f"{gb(self.store_bytes_per_worker)} of disk after {load.days:g} days"),
+            ("partitions", f"{self.partitions}, for ever"),
+            ("cells", f"{load.clusters * self.partitions:,}, {self.counted_per_cell_a_day:,.1f} counted pairs a day each; "
+                      f"bootstrap from {self.bootstrap_pairs:,} pairs"),
+            ("the set", f"{self.in_set / 1e6:,.0f} of {self.pairs / 1e6:,.0f} million pairs after {load.days:g} days"),
+            ("stores", f"{million} a million pairs; a lost one is rebuilt in {minutes(self.restore_s)}"),
+            ("Kafka disk", f"raw {gb(self.raw_bytes)} ({load.raw_retention_days:g} days), kept {gb(self.kept_bytes)}, "
+                f"changelog {gb(self.changelog_bytes)}, codes {gb(self.codes_bytes)}; {load.replication} replicas"),
+            ("traffic", f"{self.read_bytes_per_s / 1e6:,.0f} MB/s to the workers, {self.written_bytes_per_s / 1e6:,.0f} MB/s "
+                "from them"),
+            ("snapshot", f"{self.snapshot_hours_one_process:,.1f} h in one process, divided by its parts"),
+            ("cost", f"{self.gpu_hours_a_day:,.0f} {'worker' if load.gpu == CPU else 'GPU'} hours a day"),
+            *(("beyond", line) for line in self.beyond),
+            *(("assumed", line) for line in self.assumptions),
+        ]  # fmt: skip
+        for label, text in rows:
+            yield from textwrap.wrap(f"  {label:11} {text}", LINE_WIDTH, subsequent_indent=" " * 14)
 
 
 def gb(count: float) -> str:

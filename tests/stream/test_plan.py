@@ -135,4 +135,4 @@ def test_a_plan_is_json_and_fits_a_line(load: Load) -> None:
     found = plan(load)
 
     assert json.loads(json.dumps(to_plain(found)))["workers"] == found.workers
-    assert all(len(line) < 170 for line in found.lines())
+    assert all(len(line) <= 100 for line in found.lines())
