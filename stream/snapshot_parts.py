@@ -17,9 +17,9 @@ from stream.errors import TldrError
 
 # What adds up over the parts; all else must be equal in each of them.
 _ADDED = ("offsets", "epochs", "counts", "cells", "files", "state")
-_OF_ANY_PART = re.compile(r"(?:unfinished|finished)-\d+-of-(\d+)\.json(?:\.partial)?|\.(?:index|lock)-\d+-of-(\d+)")
-# … and what a whole snapshot leaves that was refused.
-_LOCK = ".lock"
+_OF_ANY_PART = re.compile(r"(?:unfinished|finished)-\d+-of-(\d+)\.json(?:\.partial)?|\.index-\d+-of-(\d+)")
+# … and what any run leaves that was refused.
+_LOCK = re.compile(r"\.lock(?:-\d+-of-\d+)?")
 _OUTPUT = re.compile(r"(?:part|state)-\d{5}.*")
 
 
@@ -60,7 +60,7 @@ class Part(NamedTuple):
         found = _OF_ANY_PART.fullmatch(name)
         if found:
             return (found[1] or found[2]) == str(self.of)
-        return name == _LOCK or _OUTPUT.fullmatch(name) is not None
+        return (_LOCK.fullmatch(name) or _OUTPUT.fullmatch(name)) is not None
 
 
 def missing_parts(folder: Path, part: Part) -> list[int]:

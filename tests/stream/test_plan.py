@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -136,3 +138,15 @@ def test_a_plan_is_json_and_fits_a_line(load: Load) -> None:
 
     assert json.loads(json.dumps(to_plain(found)))["workers"] == found.workers
     assert all(len(line) <= 100 for line in found.lines())
+
+
+def test_the_operations_guide_shows_what_the_command_prints() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "operate.md").read_text()
+    shown = re.findall(r"^\$ tldr-stream (plan .*)\n((?:.+\n)+)```", guide, re.MULTILINE)
+
+    assert len(shown) == 2
+    for command, output in shown:
+        done = subprocess.run(
+            [sys.executable, "-m", "stream", *command.split()], capture_output=True, text=True, check=True
+        )
+        assert done.stdout == output
