@@ -428,6 +428,7 @@ class Worker:
     def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """The group took us for dead: another worker may own them already, so nothing more is committed."""
         told = False
+        self.assignment.joined = False  # until the group answers again: not ready, though nothing is restoring
         try:
             self._drop_batch()
             self._end_commit()  # refused, unless Kafka took it before

@@ -112,3 +112,30 @@ def test_health_and_readiness_are_served_while_it_works(kafka: Connection, name:
 
         assert running.get("/healthz") == (200, "ok\n")
         assert running.get("/readyz") == (200, "ok\n")
+
+
+def test_a_worker_that_the_group_took_for_dead_is_not_ready_until_it_has_joined_again(
+    kafka: Connection, name: str, tmp_path: Path
+) -> None:
+    # given: one partition, so that one worker has it and the other one, ready too, has none
+    create_topic(kafka, name, partitions=1)
+    with (
+        worker(null_worker(kafka, name, tmp_path / "1"), tmp_path / "1.log") as one,
+        worker(null_worker(kafka, name, tmp_path / "2"), tmp_path / "2.log") as two,
+    ):
+        until(lambda: one.partitions >= 0 and two.partitions >= 0, "both serve metrics")
+        until(lambda: one.get("/readyz")[0] == two.get("/readyz")[0] == 200, "both are ready")
+        holder, spare = (one, two) if one.partitions else (two, one)
+
+        # when: it hangs beyond its session, and wakes while the group waits for the other one
+        holder.process.send_signal(signal.SIGSTOP)
+        until(lambda: spare.partitions == 1, "the other one has the partition")
+        spare.process.send_signal(signal.SIGSTOP)
+        holder.process.send_signal(signal.SIGCONT)
+        holder.until_it_says("lost [0]")
+
+        # then
+        assert holder.get("/readyz")[0] == 503
+        spare.process.send_signal(signal.SIGCONT)
+        until(lambda: holder.get("/readyz")[0] == spare.get("/readyz")[0] == 200, "both are ready again")
+        assert holder.partitions + spare.partitions == 1
