@@ -64,6 +64,7 @@ NONSENSE = {
     "a session shorter than the brokers allow": "worker.sessionTimeoutSeconds=1",
     "no resources": "worker.resources=null",
     "a localhost profile without a name": "security.seccompType=Localhost",
+    "new bundles for workers that are held to one": "bundle.name=first,recluster.enabled=true",
     "a schedule that is none": "snapshot.schedule=nightly",
 }
 

@@ -61,6 +61,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if and .Values.stream.rule (or .Values.stream.ratio .Values.stream.gate) -}}
 {{- fail "stream.rule has a ratio and a gate of its own: set stream.ratio and stream.gate to \"\"" -}}
 {{- end -}}
+{{- if and .Values.recluster.enabled .Values.bundle.name -}}
+{{- fail "recluster.enabled, and bundle.name holds workers to one bundle: set bundle.name to \"\", so that they follow announcements" -}}
+{{- end -}}
 {{- if and (eq .Values.security.seccompType "Localhost") (not .Values.security.seccompLocalhostProfile) -}}
 {{- fail "security.seccompType is Localhost: name the profile in security.seccompLocalhostProfile" -}}
 {{- end -}}
