@@ -15,7 +15,7 @@ from stream.cli import commands
 from stream.topics import BUNDLES, StreamTopics
 
 # What Kubernetes would put in their place.
-VARIABLES = {"$(POD_NAME)": "crawl-tldr-stream-0", "$(JOB_NAME)": "crawl-snapshot-1", "$(JOB_COMPLETION_INDEX)": "0"}
+VARIABLES = {"$(POD_NAME)": "crawl-tldr-stream-0", "$(JOB_NAME)": "crawl-snapshot-1", "$(PART)": "0"}
 
 
 def refusal(arguments: list[str], config: str) -> str | None:
