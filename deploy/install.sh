@@ -25,6 +25,7 @@ export PIP_CONSTRAINT="$source/constraints.txt" PIP_DISABLE_PIP_VERSION_CHECK=1 
 # Without bytecode: a .pyc holds the time of its source, and two builds would differ.
 # shellcheck disable=SC2086  # no faiss is no word
 "$target/bin/python" -m pip install --quiet --no-compile --no-build-isolation "${source}[$variant,registry]" $faiss
-"$target/bin/python" -m pip uninstall --quiet --yes setuptools wheel
-"$target/bin/python" -m compileall -q --invalidation-mode unchecked-hash "$target/lib" || true
+"$target/bin/python" -m pip uninstall --quiet --yes wheel
+# A few files of torch's tests are for other versions of Python and do not compile.
+"$target/bin/python" -m compileall -qq --invalidation-mode unchecked-hash "$target/lib" || true
 "$target/bin/python" -m pip check
