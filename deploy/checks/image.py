@@ -219,7 +219,8 @@ def at_work(report: Report, clean: Path, environment: dict[str, str], privileged
         f"as user {USER}, no capabilities, read-only root" if privileged else "as this user, root file system as it is"
     )
     report.checked.append(f"the installed program on a real Kafka ({how}): {', '.join(step[0] for step in steps)}")
-    report.checked.append(f"  verify said: {done.stdout.strip().splitlines()[-1].strip()}")
+    said = [" ".join(line.split()) for line in done.stdout.splitlines() if "missing" in line]
+    report.checked.append(f"  verify said: {'; '.join(said)}")
 
 
 def main() -> int:
