@@ -60,6 +60,7 @@ NONSENSE = {
     "Strimzi without a cluster": "topics.create=strimzi",
     "more parts of a snapshot than partitions": "snapshot.parts=9",
     "more KEDA workers than partitions": "keda.maxReplicas=9",
+    "at least more KEDA workers than partitions": "keda.enabled=true,keda.minReplicas=9",
     "a size that is none": "worker.storage.size=big",
     "a session shorter than the brokers allow": "worker.sessionTimeoutSeconds=1",
     "no resources": "worker.resources=null",

@@ -46,8 +46,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if gt (int .Values.keda.maxReplicas) $partitions -}}
 {{- fail (printf "keda.maxReplicas is %d and stream.partitions %d: a worker without a partition has nothing to do" (int .Values.keda.maxReplicas) $partitions) -}}
 {{- end -}}
-{{- if and (gt (int .Values.keda.maxReplicas) 0) (gt (int .Values.keda.minReplicas) (int .Values.keda.maxReplicas)) -}}
-{{- fail "keda.minReplicas is above keda.maxReplicas" -}}
+{{- if gt (int .Values.keda.minReplicas) (default $partitions (int .Values.keda.maxReplicas)) -}}
+{{- fail "keda.minReplicas is above keda.maxReplicas, or above stream.partitions" -}}
 {{- end -}}
 {{- if gt (int .Values.snapshot.parts) $partitions -}}
 {{- fail (printf "snapshot.parts is %d and stream.partitions %d: a part needs a partition" (int .Values.snapshot.parts) $partitions) -}}
