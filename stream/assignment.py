@@ -96,19 +96,19 @@ class Assignment:
                 if restored is not None:
                     restored.partition.store.close()
         stopped = self._intake.stop(partitions, lost=lost)
-        stood_at: dict[int, int | None] = {}
+        stood_at: dict[int, int] = {}
         for number in partitions:
             if partition := self.running.pop(number, None):
-                position = partition.store.position()
-                stood_at[number] = position.next_offset if position else None
+                if position := partition.store.position():
+                    stood_at[number] = position.next_offset
                 partition.store.close()
         if partitions:
-            # None: it had nothing committed here, or had not been restored yet
-            where = ", ".join(f"{number} at offset {stood_at.get(number)}" for number in partitions)
-            how = "lost" if lost else "revoked"
+            how, topic = "lost" if lost else "revoked", self._intake.topic
             next_offsets = [{"partition": number, "next_offset": stood_at.get(number)} for number in partitions]
-            fields = {"event": how, "topic": self._intake.topic, "next_offsets": next_offsets}
-            log.info("%s %s of %s", how, where, self._intake.topic, extra={"fields": fields})
+            fields = {"event": how, "topic": topic, "next_offsets": next_offsets}
+            where = "".join(f" {number}:{offset}" for number, offset in stood_at.items())
+            standing = f" at {topic}{where}" if where else ""
+            log.info("%s %s%s", how, partitions, standing, extra={"fields": fields})
         return stopped
 
     def restore_again(self, partitions: Iterable[int]) -> None:
