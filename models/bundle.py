@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,8 +78,8 @@ def read_manifest(path: Path | str) -> Manifest:
     return Manifest(data)
 
 
-def read_files(path: Path | str) -> tuple[Manifest, dict[str, bytes]]:
-    """Manifest and content of every file it names, each compared with its SHA-256.
+def read_files(path: Path | str, wanted: Collection[str] | None = None) -> tuple[Manifest, dict[str, bytes]]:
+    """Manifest and content of the `wanted` files (None: of all), after every file was compared with its SHA-256.
 
     Raises BundleError with the name of the first file that is missing, damaged, or of a kind that could execute code.
     """
@@ -89,10 +89,15 @@ def read_files(path: Path | str) -> tuple[Manifest, dict[str, bytes]]:
         if Path(name).name != name or Path(name).suffix not in READABLE:
             raise BundleError(f"{path} names {name!r}: a bundle holds {' and '.join(READABLE)} files and nothing else")
         try:
-            contents[name] = (Path(path) / name).read_bytes()
+            with (Path(path) / name).open("rb") as file:
+                if wanted is None or name in wanted:
+                    contents[name] = file.read()
+                    digest = hashlib.sha256(contents[name]).hexdigest()
+                else:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise BundleError(f"{path}: {name} cannot be read ({error.strerror}); fetch the bundle again") from error
-        if hashlib.sha256(contents[name]).hexdigest() != about["sha256"]:
+        if digest != about["sha256"]:
             raise BundleError(f"{path}: {name} is damaged (its SHA-256 is not the manifest's); fetch the bundle again")
     return manifest, contents
 
@@ -138,6 +143,28 @@ def load_model(path: Path | str, device: str | None = None) -> "PairModel":
     from models.loaded import LoadedModel
 
     return LoadedModel.of(manifest, contents, device)
+
+
+def load_beside(path: Path | str, live: "PairModel", device: str | None = None) -> "PairModel":
+    """The bundle `path`, to take over from the model `live`: only its clusters are loaded where the networks are the same.
+
+    Checks every hash first. Raises BundleError, and where encoder, codebook or gate are others.
+    """
+    from models.loaded import LoadedModel
+
+    manifest = read_manifest(path)
+    if manifest.space != live.space:
+        raise BundleError(
+            f"bundle {manifest.version[:12]} has another encoder, codebook or gate: start another --stream on the same raw "
+            "topic with it, which is then reduced from its beginning"
+        )
+    decoder = manifest.data["files"].get("decoder.safetensors")
+    if not isinstance(live, LoadedModel) or decoder != live.manifest.data["files"]["decoder.safetensors"]:
+        return load_model(path, device)
+    manifest, contents = read_files(path, ["clusters.safetensors"])
+    if not manifest.complete:
+        raise BundleError(f"{path} has no clusters: run `tldr-stream bootstrap` on it to make it a whole bundle")
+    return live.with_clusters(manifest, contents)
 
 
 def content_hash(value: object) -> str:

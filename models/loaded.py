@@ -1,5 +1,6 @@
 """A bundle's files ⇄ the networks they hold, and the model that the stream works with."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -104,15 +105,19 @@ class LoadedModel:
         if problem := manifest.unfit_for_streams:
             raise BundleError(problem)
         parts = CaptionerParts.of(manifest, contents)
-        try:
-            arrays = load_arrays(contents["clusters.safetensors"])
-            codebook = parts.captioner.quantiser.codebook.codes.numpy()
-            clustering = clustering_of(manifest.data["clustering"], arrays, codebook)
-        except (KeyError, SafetensorError) as error:
-            raise BundleError(
-                f"clusters.safetensors is not what this version of the software reads: {error}"
-            ) from error
+        clustering = _clustering_in(manifest, contents, parts.captioner)
         return LoadedModel(manifest, parts, clustering, choose_device(device))
+
+    def with_clusters(self, manifest: Manifest, contents: Mapping[str, bytes]) -> "LoadedModel":
+        """The model of another bundle with the same networks, which the two then share. Raises BundleError."""
+        if problem := manifest.unfit_for_streams:
+            raise BundleError(problem)
+        other = copy.copy(self)
+        other.manifest, other.version = manifest, manifest.version[:16]
+        other.made_with = manifest.data.get("fingerprint", {})
+        other._clustering = _clustering_in(manifest, contents, self._captioner)
+        other.clusters = len(other._clustering.centroids)
+        return other
 
     def decode(self, image: bytes | memoryview) -> Pixels:
         """(S, S, 3) RGB."""
@@ -133,6 +138,15 @@ class LoadedModel:
     def caption(self, vectors: Vectors) -> list[str]:
         """One generated caption a row."""
         return generate(self._captioner, self._vocabulary, vectors)
+
+
+def _clustering_in(manifest: Manifest, contents: Mapping[str, bytes], captioner: Captioner) -> Clustering:
+    try:
+        arrays = load_arrays(contents["clusters.safetensors"])
+        codebook = captioner.quantiser.codebook.codes.cpu().numpy()
+        return clustering_of(manifest.data["clustering"], arrays, codebook)
+    except (KeyError, SafetensorError) as error:
+        raise BundleError(f"clusters.safetensors is not what this version of the software reads: {error}") from error
 
 
 def clustering_of(

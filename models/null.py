@@ -5,13 +5,14 @@ bytes give the same vector, cluster and caption everywhere. Image bytes that sta
 """
 
 import hashlib
+import re
 import zlib
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.errors import BadImage, Reason
+from models.errors import BadImage, BundleError, Reason
 from models.model import Pixels, Vectors
 
 DIGEST_BYTES = 4  # the "pixels" are a check sum
@@ -29,6 +30,7 @@ class NullModel:
 
     def __init__(
         self, tokens: int = 196, codebook_size: int = 3000, clusters: int = 3000, gate: float | None = 0.5, batch: int = 256,
+        seed: int = 0,
     ) -> None:  # fmt: skip
         self.tokens = tokens
         self.codebook_size = codebook_size
@@ -36,9 +38,19 @@ class NullModel:
         self.gate = gate
         self.batch = batch
         self.space = hashlib.sha256(f"null/3/{tokens}/{codebook_size}/{gate}".encode()).hexdigest()
-        self.version = hashlib.sha256(f"{self.space}/{clusters}".encode()).hexdigest()[:16]
+        self.seed = seed  # of the clusters alone, so that bundles which differ in it can replace each other
+        name = f"{self.space}/{clusters}" + (f"/{seed}" if seed else "")
+        self.version = hashlib.sha256(name.encode()).hexdigest()[:16]
         self.fingerprint = {"device": "none", "batch": str(batch)}
         self.made_with = self.fingerprint
+
+    @classmethod
+    def at(cls, uri: str) -> "NullModel":
+        """The null model `null:SEED` or `null:SEED/CLUSTERS`: other clusters of the same codes. Raises BundleError."""
+        found = re.fullmatch(r"null:(\d+)(?:/(\d+))?", uri)
+        if not found or found[2] == "0":
+            raise BundleError(f"{uri} is no null model: give null:SEED or null:SEED/CLUSTERS")
+        return cls(seed=int(found[1]), clusters=int(found[2] or 3000))
 
     def decode(self, image: bytes | memoryview) -> Pixels:
         """(4,) a check sum of its ends and its size. Raises BadImage for none, and for those that start with b"BAD"."""
@@ -73,7 +85,10 @@ class NullModel:
 
     def assign(self, vectors: Vectors) -> NDArray[np.int32]:
         """(n,) a hash of each row."""
-        return (self._row_hashes(vectors) % np.uint64(self.clusters)).astype(np.int32)
+        hashes = self._row_hashes(vectors)
+        if self.seed:
+            hashes = _mixed(hashes + np.uint64(self.seed * int(GOLDEN) % 2**64))
+        return (hashes % np.uint64(self.clusters)).astype(np.int32)
 
     def match(self, vectors: Vectors, captions: Sequence[str]) -> NDArray[np.float32]:
         """(n,) a hash of row and caption, uniform in [0, 1)."""

@@ -29,5 +29,13 @@ class StoreCorrupt(StateError):
     """The store cannot be read; it can be rebuilt from the changelog by removing its directory."""
 
 
+class StoreClosed(StateError):
+    """The store was closed (its partition was taken back) while something was still to be grouped in it."""
+
+
+class RoomWanted(StateError):
+    """The store's map is too small for a step beside the running stream; its user enlarges it (`make_room`)."""
+
+
 class UnknownRecord(StateError):
     """A changelog record that this version cannot read: written by a newer one, or not by us at all."""

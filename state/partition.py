@@ -4,6 +4,9 @@
 works on columns, and leaves to the former what is rare. Nothing here reaches the store before `commit`, which the caller
 calls when Kafka has committed; until then the next transaction is decided on top of it. `abort` forgets both. It must never
 know a Kafka client, and it reads no clock.
+
+A pair is counted in the cell (epoch, cluster) of its moment: entry, record and counters say so for ever. With a cap, pairs
+compete in the cells of the present epoch, where each entry has the cluster that the present bundle gives its vector.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
 from functools import partial
+from heapq import heapify
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -21,6 +25,7 @@ from state.changelog import (
     ENTRY,
     POSITION,
     SETTINGS,
+    EntryHead,
     Position,
     Record,
     Switch,
@@ -40,10 +45,10 @@ from state.changelog import (
     switch_key,
 )
 from state.errors import SettingsDiffer
-from state.partition_store import PartitionStore
+from state.partition_store import PartitionStore, Tail
 from state.priority import hash_id, id_key
 from state.quota import kept_in_blocks
-from state.reservoir import heap_of, mark_of, offer, rank_of
+from state.reservoir import OFFSET_MASK, heap_of, mark_of, offer, rank_of
 from state.settings import StreamSettings, refuse_difference
 
 # The heaps of capped cells are dropped, least recently touched first, when they hold more numbers than this (about 60 bytes
@@ -214,6 +219,9 @@ class Partition:
         self._cells: dict[int, _Cells] = {}  # by epoch
         self._heaps: dict[tuple[int, int], list[int]] = {}  # of capped cells, by epoch and cluster
         self._live_numbers = 0
+        self._retired: list[list[int]] = []  # heaps of epochs that are over
+        self._tail: tuple[int, Tail] | None = None  # with its epoch
+        self._grouped_in = -1  # the epoch of which it is known that all entries are grouped
         self._forgotten = set(store.forgotten())
         self._begin()
 
@@ -226,6 +234,10 @@ class Partition:
         switches = self.store.switches()
         self._switch = switches[-1] if switches else None
         self.epoch = self._switch.epoch if self._switch else -1
+        if self._tail is not None and self._tail[0] != self.epoch:
+            self._tail = None
+        if self._grouped_in != self.epoch:
+            self._grouped_in = -1
         self._tally = [0] * len(Fate)
         self._evicted = self._removed = self._lost = 0
         self._totals_before = position.totals if position else Totals()
@@ -331,7 +343,7 @@ class Partition:
         admitted, removed = self._offer(offset, cluster, priority)
         if not admitted:
             self._tally[OVER_CAP] += 1
-            return _decision((OVER_CAP, position, priority, -1, ()))
+            return _decision((OVER_CAP, position, priority, -1, removed))
         counts[1] += 1
         counts[3] += 1
         codes = vector if isinstance(vector, bytes) else vector.astype("<u2", copy=False).tobytes()
@@ -376,13 +388,8 @@ class Partition:
         first = self._first_offset(known)
         if first is not None and self._in_reservoir(first):
             head = entry_head(self._entry_at(first)[1])
-            self._touch(head.epoch, head.cluster).counts[head.cluster, 3] -= 1
             if self._cap is not None:
-                heap = self._heap(head.epoch, head.cluster)
-                marks = sorted(-mark for mark in heap)
-                marks.remove(mark_of(rank_of(head.priority, head.rate), first))
-                heap[:] = heap_of(marks)
-                self._live_numbers -= 1
+                self._forget_mark(head, first)
             removed = (self._leave(first),)
             self._removed += 1
         self._forgotten.add(known)
@@ -533,11 +540,14 @@ class Partition:
         self._lost += offset - (self.next_offset or 0)
         self.next_offset = offset
 
-    def adopt(self, bundle: str, space: str, input_offset: int) -> int:
+    def adopt(self, bundle: str, space: str, input_offset: int, tail: Tail | None = None) -> int:
         """Count from `input_offset` on with this bundle; returns the epoch.
 
         The first bundle of a partition is epoch 0, another one begins the next epoch, the present one changes nothing.
-        Raises SettingsDiffer where encoder and codebook are not the stream's.
+        Nobody leaves by that: a cell that now is over its cap shrinks with the pairs that are offered to it.
+        tail  entries of a capped partition that are not grouped in the store yet (Regrouping.tail)
+        Raises SettingsDiffer where encoder and codebook are not the stream's, ValueError while a transaction is open or
+        sealed (its rows belong to one epoch), or where a capped partition's entries are not grouped for it (regroup.py).
         """
         if space != self.settings.space:
             raise SettingsDiffer(
@@ -545,6 +555,19 @@ class Partition:
                 "a bundle with another encoder or codebook needs a new stream"
             )
         if self._switch is None or self._switch.bundle != bundle:
+            if any(self._tally) or self._sealed is not None:
+                raise ValueError("a switch needs a transaction that has not begun")
+            if self.next_offset is None:  # nothing was ever counted: it is still the first bundle
+                self.epoch = -1
+                self._open.switched.clear()
+            grouped = tail is None or tail.until >= input_offset
+            if not grouped or not self.store.grouped(self.epoch + 1, bundle, tail.start if tail else input_offset):
+                raise ValueError(f"the entries are not grouped by the bundle {bundle} up to offset {input_offset}")
+            self.store.refresh()
+            # To free a million numbers takes a while: they go one heap at a time, as new ones come.
+            self._retired += self._heaps.values()
+            self._heaps, self._live_numbers = {}, 0
+            self._tail = None if tail is None else (self.epoch + 1, tail)
             self.epoch += 1
             self._switch = Switch(self.epoch, bundle, space, input_offset)
             self._open.switched.append(self._switch)
@@ -578,6 +601,16 @@ class Partition:
     def live_numbers(self) -> int:
         """How many numbers the heaps of live cells hold, about 60 bytes each: what `live_numbers_max` bounds."""
         return self._live_numbers
+
+    @property
+    def switch(self) -> Switch | None:
+        """The switch that began the present epoch; None: no bundle adopted yet."""
+        return self._switch
+
+    @property
+    def switching(self) -> bool:
+        """Whether a switch is to be written, and can be: something was read."""
+        return bool(self._open.switched) and self.next_offset is not None
 
     @property
     def bundle(self) -> str | None:
@@ -686,8 +719,10 @@ class Partition:
         return stored
 
     def _leave(self, offset: int) -> str:
-        """Take the pair from this offset out of the reservoir; returns its id."""
+        """Take the pair from this offset out of the reservoir and the cell that it was counted in; returns its id."""
         known, entry = self._entry_at(offset)
+        head = entry_head(entry)
+        self._touch(head.epoch, head.cluster).counts[head.cluster, 3] -= 1
         if self._open.hash_at.pop(offset, None) is None:
             self._open.gone.add(offset)
         self._open.entries[known] = None
@@ -706,31 +741,63 @@ class Partition:
         return kept_in_blocks(self.settings.seed, self.epoch, self.partition, blocks, self._ratio)
 
     def _offer(self, offset: int, cluster: int, priority: int) -> tuple[bool, tuple[str, ...]]:
-        """Offers a pair to its cell's reservoir: whether it enters, and the id that leaves for it."""
+        """Offers a pair to its cell's reservoir: whether it enters, and the ids that leave for it."""
         if self._cap is None:
             return True, ()
-        verdict = offer(self._heap(self.epoch, cluster), mark_of(rank_of(priority, self._ratio), offset), self._cap)
-        if not verdict.admitted:
-            return False, ()
-        if verdict.evicted < 0:
-            self._live_numbers += 1
-            return True, ()
-        self._evicted += 1
-        counts = self._cells[self.epoch].counts[cluster]
-        counts[2] += 1
-        counts[3] -= 1
-        return True, (self._leave(verdict.evicted),)
+        heap = self._heap(self.epoch, cluster)
+        before = len(heap)
+        admitted, leaving = offer(heap, mark_of(rank_of(priority, self._ratio), offset), self._cap)
+        self._live_numbers += len(heap) - before
+        if not leaving:
+            return admitted, ()
+        self._evicted += len(leaving)
+        self._cells[self.epoch].counts[cluster, 2] += len(leaving)
+        return admitted, tuple([self._leave(left) for left in leaving])
 
     def _heap(self, epoch: int, cluster: int) -> list[int]:
-        """The heap of a capped cell, which the open transaction changes."""
+        """The heap of a capped cell of the present epoch, which the open transaction changes."""
         cell = epoch, cluster
         heap = self._heaps.pop(cell, None)
         if heap is None:
-            heap = heap_of(self.store.marks(epoch, cluster))
+            self._refuse_ungrouped()
+            marks = self.store.marks(epoch, cluster)
+            if self._retired:
+                self._retired.pop()
+            if self._tail is not None and (late := self._tail[1].marks.get(cluster)):
+                # some are grouped in the store by now, some have left
+                there = {mark for mark in late if self.store.entry_at(mark & OFFSET_MASK) is not None}
+                marks = sorted(there.union(marks))
+            # Whoever came since the last commit had the heap live, but one may have been taken down without it.
+            for layer in self._layers():
+                if layer.gone:
+                    marks = [mark for mark in marks if mark & OFFSET_MASK not in layer.gone]
+            heap = heap_of(marks)
             self._live_numbers += _NUMBERS_OF_A_HEAP + len(heap)
         self._heaps[cell] = heap  # at the end: what stands in front was not touched for longest
         self._open.touched_heaps.add(cell)
         return heap
+
+    def _refuse_ungrouped(self) -> None:
+        switch = self._switch
+        if self._grouped_in == self.epoch:
+            return
+        until = -1 if switch is None else self._tail[1].start if self._tail is not None else switch.input_offset
+        if switch is None or not self.store.grouped(switch.epoch, switch.bundle, until):
+            raise ValueError("the entries are not grouped by the present bundle")
+        self._grouped_in = self.epoch
+
+    def _forget_mark(self, head: EntryHead, offset: int) -> None:
+        """Takes a pair out of the heap of the cell in which it competes, if that is live."""
+        cluster: int | None = head.cluster
+        if head.epoch != self.epoch:
+            late = self._tail[1].cluster_of.get(offset) if self._tail is not None else None
+            cluster = late if late is not None else self.store.group_of(self.epoch, offset)
+        if cluster is None or (self.epoch, cluster) not in self._heaps:
+            return
+        heap = self._heap(self.epoch, cluster)
+        heap.remove(-mark_of(rank_of(head.priority, head.rate), offset))
+        heapify(heap)
+        self._live_numbers -= 1
 
     def _drop(self, cell: tuple[int, int]) -> None:
         self._live_numbers -= _NUMBERS_OF_A_HEAP + len(self._heaps.pop(cell))

@@ -5,16 +5,23 @@ must never know Kafka, and never hold what Kafka may yet abort: callers hand ove
 
 Databases: `records` (S, P, W, C, K and F as they are), `entries` (input offset → hash, entry: offsets grow, so that the
 largest values are appended and not scattered), `known` (hash → input offset, of every K record and every entry; sorted
-runs, see known_ids.py), `marks` (with a cap: the entries of a cell by rank) and `meta` (changelog position, layout).
+runs, see known_ids.py), `marks` (with a cap: the entries of a cell by rank), `groups` (with a cap, after a switch: epoch and
+input offset → cluster, of entries from older epochs) and `meta` (changelog position, layout, how far an epoch is grouped).
+
+`groups` and its marks are computed from the entries beside the running stream (regroup.py), for the present epoch and for
+the one that a switch is being prepared for. They claim nothing: they are used once a committed switch says so.
 """
 
 from __future__ import annotations
 
 import errno
+import json
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import lmdb
 import numpy as np
@@ -30,6 +37,7 @@ from state.changelog import (
     SETTINGS,
     SWITCH,
     CellCounts,
+    EntryHead,
     Position,
     Record,
     Switch,
@@ -43,17 +51,51 @@ from state.changelog import (
     known_columns,
     number_of,
 )
-from state.errors import StoreCorrupt, StoreFull, UnknownRecord
+from state.errors import RoomWanted, StoreClosed, StoreCorrupt, StoreFull, UnknownRecord
 from state.known_ids import KnownIds
 from state.reservoir import mark_of, rank_of
 from state.settings import StreamSettings
 
 MAP_BYTES = 1 << 30  # where a store starts; address space only, the file grows as it is filled
 _LAYOUT = b"3"
+_GROUPING = b"grouping"
+_AFTER_SWITCHES = bytes([SWITCH[0] + 1])
 _PLAIN = {SETTINGS, POSITION, SWITCH, CELL, FORGOTTEN}
 # How a full disk shows itself: LMDB reports a short write as EIO, a file over its limit fails with EFBIG.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _NOT_OURS = (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError, lmdb.VersionMismatchError)
+
+
+# Rows that one step removes: some 10 ms, for which a commit may have to wait.
+_SWEPT_AT_ONCE = 5000
+
+
+class Grouping(NamedTuple):
+    """Entries of older epochs from before the input offset `through` are grouped by the clusters of this bundle."""
+
+    bundle: str
+    through: int
+
+
+class Ungrouped(NamedTuple):
+    """The next entries to group: (input offset, entry) each. They, and what needs none, lie in [start, through)."""
+
+    rows: list[tuple[bytes, bytes]]
+    start: int
+    through: int
+    last: bool  # whether none is left behind them
+
+
+class Tail(NamedTuple):
+    """Entries of older epochs from [start, until) that are grouped in memory, until that is done beside the stream.
+
+    marks  by cluster; cluster_of  by input offset
+    """
+
+    start: int
+    until: int
+    marks: dict[int, list[int]]
+    cluster_of: dict[int, int]
 
 
 def _rows(column: bytes) -> list[bytes]:
@@ -67,8 +109,33 @@ def _marks_of(epoch: int, cluster: int) -> bytes:
     return epoch.to_bytes(4, "big") + cluster.to_bytes(4, "big")
 
 
+def _mark_key(head: EntryHead, epoch: int, cluster: int) -> bytes:
+    mark = mark_of(rank_of(head.priority, head.rate), head.offset)
+    return _marks_of(epoch, cluster) + mark.to_bytes(24, "big")
+
+
+def _group_key(epoch: int, offset: bytes) -> bytes:
+    return epoch.to_bytes(4, "big") + offset
+
+
+def _grouping_key(epoch: int) -> bytes:
+    return _GROUPING + epoch.to_bytes(4, "big")
+
+
+def _grouping_in(txn: lmdb.Transaction[bytes], meta: lmdb._Database, epoch: int) -> Grouping | None:
+    value = txn.get(_grouping_key(epoch), db=meta)
+    return None if value is None else Grouping(**json.loads(value))
+
+
+def _encoded(grouping: Grouping) -> bytes:
+    return json.dumps(grouping._asdict()).encode()
+
+
 class PartitionStore:
-    """Open (or make) the store in the folder `path`. One thread at a time; one open store a folder and process.
+    """Open (or make) the store in the folder `path`. One open store a folder and process.
+
+    One thread at a time, but for what is said to work beside it: grouping has its own transactions, and a lock keeps them
+    from those of `apply`.
 
     Raises StoreCorrupt where the folder holds something else or something damaged.
     """
@@ -78,6 +145,9 @@ class PartitionStore:
         self.path.mkdir(parents=True, exist_ok=True)
         # an older store may already be larger than the map that the caller thought of
         map_bytes = max(map_bytes, self._file_bytes())
+        self._writing = threading.Lock()
+        self._closed = False
+        self.room_wanted = False  # a step beside found the map full, which only its user may enlarge
         try:
             self._env = lmdb.open(str(self.path), map_size=map_bytes, max_dbs=8, max_readers=16)
         except _NOT_OURS as error:
@@ -95,6 +165,7 @@ class PartitionStore:
             self._records = self._env.open_db(b"records")
             self._entries = self._env.open_db(b"entries")
             self._marks = self._env.open_db(b"marks")
+            self._groups = self._env.open_db(b"groups")
             self._meta = self._env.open_db(b"meta")
             self._known = KnownIds(self._env)
             self._read = self._env.begin()
@@ -122,16 +193,21 @@ class PartitionStore:
         Raises StoreFull where the disk is full (the store then is as it was), UnknownRecord.
         """
         records = list(records)
-        self._read.abort()
-        try:
-            while not self._try(records, changelog_position):
-                self._env.set_mapsize(2 * self._env.info()["map_size"])
-        except _NOT_OURS as error:
-            self._refuse(error)
-        except lmdb.Error as error:
-            self._explain(error)
-        finally:
-            self._read = self._env.begin()
+        with self._writing:
+            self._read.abort()
+            try:
+                while not self._try(records, changelog_position):
+                    self._grow()
+            except _NOT_OURS as error:
+                self._refuse(error)
+            except lmdb.Error as error:
+                self._explain(error)
+            finally:
+                self._read = self._env.begin()
+
+    def _grow(self) -> None:
+        self._env.set_mapsize(2 * self._env.info()["map_size"])
+        self.room_wanted = False
 
     def _try(self, records: list[Record], changelog_position: int) -> bool:
         """One write transaction, opened, filled and committed here; False: the map is too small for it."""
@@ -188,7 +264,7 @@ class PartitionStore:
                     "tldr-stream or by something else: upgrade this worker, or look who else writes to the topic"
                 )
         self._write_plain(txn, plain)
-        self._write_entries(txn, entries)
+        self._write_entries(txn, entries, self._epoch_in(txn))
         gone = self._no_longer_held(txn, loose, known)
         for known_hash in gone:
             known.pop(known_hash, None)
@@ -213,7 +289,13 @@ class PartitionStore:
             else:
                 txn.put(key, value, db=self._records)
 
-    def _write_entries(self, txn: lmdb.Transaction[bytes], entries: dict[bytes, bytes | None]) -> None:
+    def _epoch_in(self, txn: lmdb.Transaction[bytes]) -> int:
+        """The epoch of the last switch; -1: none yet."""
+        with txn.cursor(self._records) as cursor:
+            found = cursor.prev() if cursor.set_range(_AFTER_SWITCHES) else cursor.last()
+            return number_of(cursor.key()) if found and cursor.key()[:1] == SWITCH else -1
+
+    def _write_entries(self, txn: lmdb.Transaction[bytes], entries: dict[bytes, bytes | None], epoch: int) -> None:
         added: list[tuple[bytes, bytes]] = []
         for offset in sorted(entries):
             value = entries[offset]
@@ -222,21 +304,28 @@ class PartitionStore:
                 continue
             old = txn.pop(offset, db=self._entries)
             if old is not None and self._capped:
-                txn.delete(self._mark_key(old), db=self._marks)
+                self._remove_marks(txn, offset, old, epoch)
         if not added:
             return
         with txn.cursor(self._entries) as cursor:
             at_the_end = not cursor.last() or cursor.key() < added[0][0]
             cursor.putmulti(added, append=at_the_end)
         if self._capped:
+            heads = [entry_head(value[8:]) for _, value in added]
+            # An entry of an older epoch, which only a restore adds, is grouped by the present one's clusters later.
+            marks = [_mark_key(head, head.epoch, head.cluster) for head in heads if head.epoch == epoch]
             with txn.cursor(self._marks) as cursor:
-                cursor.putmulti(sorted((self._mark_key(value), b"") for _, value in added))
+                cursor.putmulti(sorted((mark, b"") for mark in marks))
 
-    @staticmethod
-    def _mark_key(stored: bytes) -> bytes:
+    def _remove_marks(self, txn: lmdb.Transaction[bytes], offset: bytes, stored: bytes, epoch: int) -> None:
         head = entry_head(stored[8:])
-        mark = mark_of(rank_of(head.priority, head.rate), head.offset)
-        return _marks_of(head.epoch, head.cluster) + mark.to_bytes(24, "big")
+        txn.delete(_mark_key(head, head.epoch, head.cluster), db=self._marks)
+        if not txn.stat(self._groups)["entries"]:
+            return
+        for grouped in (epoch, epoch + 1):
+            cluster = txn.pop(_group_key(grouped, offset), db=self._groups)
+            if cluster is not None:
+                txn.delete(_mark_key(head, grouped, int.from_bytes(cluster, "big")), db=self._marks)
 
     def _no_longer_held(
         self, txn: lmdb.Transaction[bytes], loose: list[tuple[bytes, bytes]], known: dict[bytes, bytes]
@@ -258,6 +347,137 @@ class PartitionStore:
             and now.get(known_hash) == offset
             and txn.get(offset, db=self._entries) is None
         ]
+
+    # -- grouping: beside the running stream, from any thread ------------------------------------------------------------
+
+    def begin_grouping(self, epoch: int, bundle: str) -> bool:
+        """Makes ready to group entries by this bundle for an epoch; False: call again, what another bundle left is going.
+
+        Raises RoomWanted, StoreFull, StoreClosed.
+        """
+        with self._beside() as txn:
+            found = _grouping_in(txn, self._meta, epoch)
+            if found is not None and found.bundle == bundle:
+                return True
+            txn.delete(_grouping_key(epoch), db=self._meta)
+            with txn.cursor(self._groups) as cursor:
+                there = cursor.set_range(epoch.to_bytes(4, "big"))
+                for _ in range(_SWEPT_AT_ONCE):
+                    if not there or cursor.key()[:4] != epoch.to_bytes(4, "big"):
+                        txn.put(_grouping_key(epoch), _encoded(Grouping(bundle, 0)), db=self._meta)
+                        return True
+                    stored = txn.get(cursor.key()[4:], db=self._entries)
+                    if stored is not None:
+                        mark = _mark_key(entry_head(stored[8:]), epoch, int.from_bytes(cursor.value(), "big"))
+                        txn.delete(mark, db=self._marks)
+                    there = cursor.delete()
+            return False
+
+    def ungrouped(self, epoch: int, until: int | None, count: int) -> Ungrouped:
+        """The next `count` entries at most of epochs before this one, from before the input offset `until`.
+
+        until  None: up to what is committed now. Raises StoreClosed.
+        """
+        with self._beside(write=False) as txn:
+            position = txn.get(POSITION, db=self._records)
+            if until is None:
+                until = decode_position(position).next_offset if position is not None else 0
+            grouping = _grouping_in(txn, self._meta, epoch)
+            start = grouping.through if grouping is not None else 0
+            rows: list[tuple[bytes, bytes]] = []
+            with txn.cursor(self._entries) as cursor:
+                there = cursor.set_range(start.to_bytes(8, "big"))
+                while there and int.from_bytes(cursor.key(), "big") < until:
+                    if len(rows) == count:
+                        return Ungrouped(rows, start, int.from_bytes(rows[-1][0], "big") + 1, False)
+                    entry = cursor.value()[8:]
+                    if entry_head(entry).epoch < epoch:
+                        rows.append((cursor.key(), entry))
+                    there = cursor.next()
+            return Ungrouped(rows, start, max(start, until), True)
+
+    def group(self, epoch: int, bundle: str, found: Ungrouped, clusters: Sequence[int]) -> bool:
+        """Notes the clusters of these entries, as far as they are still there; False: nothing was noted, look again.
+
+        Raises RoomWanted, StoreFull, StoreClosed.
+        """
+        with self._beside() as txn:
+            if _grouping_in(txn, self._meta, epoch) != Grouping(bundle, found.start):
+                return False
+            groups, marks = [], []
+            for (offset, entry), cluster in zip(found.rows, clusters, strict=True):
+                if txn.get(offset, db=self._entries) is not None:
+                    groups.append((_group_key(epoch, offset), cluster.to_bytes(4, "big")))
+                    marks.append((_mark_key(entry_head(entry), epoch, cluster), b""))
+            with txn.cursor(self._groups) as cursor:
+                cursor.putmulti(groups)
+            with txn.cursor(self._marks) as cursor:
+                cursor.putmulti(sorted(marks))
+            txn.put(_grouping_key(epoch), _encoded(Grouping(bundle, found.through)), db=self._meta)
+        return True
+
+    def sweep(self) -> bool:
+        """Removes some of what earlier epochs were grouped by; False: nothing is left. Raises RoomWanted, StoreClosed."""
+        with self._beside(write=False) as txn:
+            first = max(0, self._epoch_in(txn)).to_bytes(4, "big")
+            with txn.cursor(self._marks) as marks, txn.cursor(self._groups) as groups:
+                if not any(cursor.first() and cursor.key()[:4] < first for cursor in (marks, groups)):
+                    return False
+        with self._beside() as txn:
+            left = _SWEPT_AT_ONCE
+            for database in (self._groups, self._marks):
+                with txn.cursor(database) as cursor:
+                    there = cursor.first()
+                    while there and left and cursor.key()[:4] < first:
+                        there, left = cursor.delete(), left - 1
+            with txn.cursor(self._meta) as cursor:
+                there = cursor.set_range(_GROUPING)
+                while there and cursor.key()[: len(_GROUPING)] == _GROUPING and cursor.key()[len(_GROUPING) :] < first:
+                    there = cursor.delete()
+        return True
+
+    @contextmanager
+    def _beside(self, *, write: bool = True) -> Iterator[lmdb.Transaction[bytes]]:
+        """A transaction of its own, beside whoever uses the store. Raises RoomWanted where the map is too small for it."""
+        with self._writing:
+            if self._closed:
+                raise StoreClosed(f"the store {self.path} is closed")
+            try:
+                with self._env.begin(write=write) as txn:
+                    yield txn
+            except lmdb.MapFullError as error:
+                self.room_wanted = True
+                raise RoomWanted(f"the map of the store {self.path} is full") from error
+            except lmdb.Error as error:
+                self._explain(error)
+
+    def make_room(self) -> None:
+        """Enlarges the map if a step beside has asked for it. By the store's user, with nobody reading."""
+        if self.room_wanted:
+            with self._writing:
+                self._read.abort()
+                try:
+                    self._grow()
+                finally:
+                    self._read = self._env.begin()
+
+    def refresh(self) -> None:
+        """Sees from now on what was grouped beside."""
+        self._read.abort()
+        self._read = self._env.begin()
+
+    def grouped(self, epoch: int, bundle: str, until: int) -> bool:
+        """Whether the marks of an epoch are all there: of entries from before the input offset `until`."""
+        if not self._capped or epoch <= 0:
+            return True
+        with self._beside(write=False) as txn:
+            found = _grouping_in(txn, self._meta, epoch)
+        return found is not None and found.bundle == bundle and found.through >= until
+
+    def group_of(self, epoch: int, offset: int) -> int | None:
+        """The cluster of an entry of an older epoch in this one."""
+        cluster = self._read.get(_group_key(epoch, offset.to_bytes(8, "big")), db=self._groups)
+        return None if cluster is None else int.from_bytes(cluster, "big")
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -331,7 +551,10 @@ class PartitionStore:
         return int(self._read.stat(self._entries)["entries"])
 
     def marks(self, epoch: int, cluster: int) -> list[int]:
-        """The marks (reservoir.mark_of) of a cell in ascending order; kept for streams with a cap only."""
+        """The marks (reservoir.mark_of) of a cell in ascending order; kept for streams with a cap only.
+
+        Of the present epoch, and of one that is grouped: those of every entry that its clusters have there.
+        """
         prefix = _marks_of(epoch, cluster)
         marks: list[int] = []
         with self._read.cursor(self._marks) as cursor:
@@ -375,9 +598,11 @@ class PartitionStore:
     # -- the rest ------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Let go of the files. What was applied is durable already."""
-        self._read.abort()
-        self._env.close()
+        """Let go of the files. What was applied is durable already. Waits for the step beside."""
+        with self._writing:
+            self._closed = True
+            self._read.abort()
+            self._env.close()
 
     def __enter__(self) -> PartitionStore:
         return self

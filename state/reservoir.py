@@ -3,7 +3,8 @@
 Pure: values in, verdicts out; no clock, no dice, no I/O. A bottom-k sample by a hash of the id is a uniform sample of
 the cell whatever the order of arrival (Cohen and Kaplan, "Summarizing data using bottom-k sketches", 2007), and
 smaller samples are nested in larger ones. A full cell is a heap of marks; a mark is rank · 2^64 + input offset, one
-plain integer that sorts by rank and remembers which pair it stands for.
+plain integer that sorts by rank and remembers which pair it stands for. A switch of the bundle may leave a cell over its
+cap; it shrinks by LEAVE_AT_ONCE - 1 pairs with each pair that is offered to it.
 """
 
 from __future__ import annotations
@@ -11,26 +12,29 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
-from heapq import heappush, heapreplace
+from heapq import heappop, heappush, heapreplace
 from typing import NamedTuple
 
 from state.quota import Ratio
 
 OFFSET_BITS = 64
 OFFSET_MASK = (1 << OFFSET_BITS) - 1
+# So many pairs leave a cell for one that is offered, at most: a cell that a switch made a thousand times too large must not
+# make one transaction a thousand times too large.
+LEAVE_AT_ONCE = 16
 
 _cell = struct.Struct(">5sQIII").pack
 
 
 class Verdict(NamedTuple):
-    """Whether the pair entered, and the input offset of the pair that had to leave for it (-1: none)."""
+    """Whether the pair entered, and the input offsets of the pairs that had to leave, largest rank first."""
 
     admitted: bool
-    evicted: int
+    evicted: tuple[int, ...]
 
 
-ENTERED = Verdict(True, -1)
-REFUSED = Verdict(False, -1)
+ENTERED = Verdict(True, ())
+REFUSED = Verdict(False, ())
 
 
 def rank_of(priority: int, rate: Ratio) -> int:
@@ -49,13 +53,23 @@ def heap_of(marks: Sequence[int]) -> list[int]:
 
 
 def offer(heap: list[int], mark: int, cap: int) -> Verdict:
-    """Offer a pair to a cell of at most `cap`; the heap is changed if it enters."""
-    if len(heap) < cap:
+    """Offer a pair to a cell of at most `cap`; the heap is changed if somebody enters or leaves.
+
+    The pair is ranked among those that are there, and what is largest beyond the cap leaves, LEAVE_AT_ONCE at most; the
+    pair itself may be one of them, and is then refused.
+    """
+    over = len(heap) + 1 - cap
+    if over <= 0:
         heappush(heap, -mark)
         return ENTERED
-    if -heap[0] < mark:
-        return REFUSED
-    return Verdict(True, -heapreplace(heap, -mark) & OFFSET_MASK)
+    if over == 1:
+        if -heap[0] < mark:
+            return REFUSED
+        return Verdict(True, (-heapreplace(heap, -mark) & OFFSET_MASK,))
+    heappush(heap, -mark)
+    leaving = [-heappop(heap) for _ in range(min(over, LEAVE_AT_ONCE))]
+    admitted = mark not in leaving
+    return Verdict(admitted, tuple(left & OFFSET_MASK for left in leaving if left != mark))
 
 
 def take_share(

@@ -4,17 +4,20 @@ Must not know what is done with a running partition. `restoring` goes on in a th
 consumed only when its store is exact. The states and the only steps between them:
 
     assigned ──▶ restoring ──▶ running ──▶ closed
-                     └──────── revoked ───────▲
+                  ▲  │ └────── revoked ───────▲
+                  └─ waiting for its bundle ──┘
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from state.partition import Partition
+from stream.bundle_switch import BundleMissing
 from stream.intake import Intake
 from stream.logs import at, place
 from stream.restore import Cancel, Restored
@@ -22,6 +25,8 @@ from stream.restore import Cancel, Restored
 log = logging.getLogger(__name__)
 
 RESTORES_AT_ONCE = 2
+# A partition whose bundle cannot be had is tried again after this long.
+BUNDLE_AGAIN_AFTER_S = 5.0
 
 Restore = Callable[[int, Cancel], Restored | None]
 
@@ -41,30 +46,49 @@ class Assignment:
         self._restore = restore
         self._on_restored = on_restored
         self._restoring: dict[int, _Restoring] = {}
+        self._waiting: dict[int, tuple[float, str]] = {}  # partition → when to try again, and what it waits for
         self._threads = ThreadPoolExecutor(RESTORES_AT_ONCE, "restore")
 
     @property
     def restoring(self) -> list[int]:
         return sorted(self._restoring)
 
+    @property
+    def waiting(self) -> list[int]:
+        """Partitions that this worker declines to run, since their bundle cannot be had here."""
+        return sorted(self._waiting)
+
     def assigned(self, partitions: list[int]) -> None:
         """The group gave us `partitions`: their stores are restored in the background."""
         self.joined = True
         for number in partitions:
-            cancel = Cancel()
-            self._restoring[number] = _Restoring(self._threads.submit(self._restore, number, cancel), cancel)
+            self._begin_restore(number)
         if partitions:
             log.info(
                 "assigned %s; restoring", partitions, extra={"fields": {"event": "assign", "partitions": partitions}}
             )
 
+    def _begin_restore(self, number: int) -> None:
+        cancel = Cancel()
+        self._restoring[number] = _Restoring(self._threads.submit(self._restore, number, cancel), cancel)
+
     def start_restored(self) -> None:
         """Starts to consume the partitions whose restore has ended. Raises what their restore raised."""
+        for number, (again_at, _) in list(self._waiting.items()):
+            if time.monotonic() >= again_at and number not in self._restoring:
+                self._begin_restore(number)
         for number, restoring in list(self._restoring.items()):
             if not restoring.future.done():
                 continue
             del self._restoring[number]
-            restored = restoring.future.result()
+            try:
+                restored = restoring.future.result()
+            except BundleMissing as missing:
+                if self._waiting.get(number, (0.0, ""))[1] != str(missing):
+                    log.error("partition %d is not run: %s; trying on", number, missing)
+                self._waiting[number] = time.monotonic() + BUNDLE_AGAIN_AFTER_S, str(missing)
+                continue
+            self._waiting.pop(number, None)
             if restored is None:
                 continue
             self.running[number] = restored.partition
@@ -86,6 +110,7 @@ class Assignment:
         Returns whether any of them was consumed: the client then knows of it.
         """
         for number in partitions:
+            self._waiting.pop(number, None)
             if restoring := self._restoring.pop(number, None):
                 restoring.cancel.set()
                 try:

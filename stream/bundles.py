@@ -28,6 +28,7 @@ from stream.rights import check_rights
 from stream.topics import BUNDLES
 
 DELIVERY_TIMEOUT_S = 30.0
+NULL = "null:"  # the URI of a null model begins so
 FREQUENT = 15  # codes that `bundle inspect` shows
 # A model names its bundle by so much of the content's SHA-256 (models/model.py).
 VERSION_CHARACTERS = 16
@@ -71,15 +72,47 @@ def announce(connection: Connection, uri: str, version: str, space: str, stream:
     return announcement
 
 
-def announce_folder(connection: Connection, folder: Path, stream: str = "") -> Announcement:
-    """Announces the bundle in `folder`, which must be whole and have clusters of codes. Raises BundleError otherwise."""
-    from models.bundle import read_manifest
+def announce_folder(connection: Connection, folder: Path | str, stream: str = "") -> Announcement:
+    """Announces the bundle in `folder` (or at an fsspec URL), which must be whole and have clusters of codes.
+
+    `null:SEED` and `null:SEED/CLUSTERS` are other clusters of the null model. Raises BundleError, and TldrError where the
+    stream runs with another encoder, codebook or gate.
+    """
+    from models.bundle import Manifest, read_files
     from models.errors import BundleError
 
-    manifest = read_manifest(folder)
+    uri = str(folder)
+    if uri.startswith(NULL):
+        from models.null import NullModel
+
+        model = NullModel.at(uri)
+        _refuse_another_space(connection, stream, model.version, model.space)
+        return announce(connection, uri, model.version, model.space, stream)
+    if "://" in uri:
+        from stream.bundle_fetch import manifest_at
+
+        manifest = Manifest(manifest_at(uri))
+    else:
+        manifest, _ = read_files(folder, ())
+        uri = str(Path(folder).resolve())
     if problem := manifest.unfit_for_streams:
         raise BundleError(problem)
-    return announce(connection, str(folder.resolve()), manifest.version[:VERSION_CHARACTERS], manifest.space, stream)
+    if not manifest.complete:
+        raise BundleError(f"{uri} has no clusters: run `tldr-stream bootstrap` on it to make it a whole bundle")
+    _refuse_another_space(connection, stream, manifest.version, manifest.space)
+    return announce(connection, uri, manifest.version[:VERSION_CHARACTERS], manifest.space, stream)
+
+
+def _refuse_another_space(connection: Connection, stream: str, version: str, space: str) -> None:
+    from stream.stream_view import stored_settings
+    from stream.topics import StreamTopics
+
+    settings = stored_settings(connection, StreamTopics(stream)) if stream else None
+    if settings is not None and settings.space != space:
+        raise TldrError(
+            f"bundle {version[:12]} has another encoder, codebook or gate than the stream {stream}, which cannot switch to "
+            "it: start another --stream on the same raw topic with it, which is then reduced from its beginning"
+        )
 
 
 @dataclass(frozen=True)
@@ -158,21 +191,59 @@ def inspect(folder: Path) -> BundleView:
     )  # fmt: skip
 
 
+class Announced:
+    """Every announced bundle by its version, oldest first, kept up to date by `look`; a version's last announcement counts."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.by_version: dict[str, Announcement] = {}
+        self._connection = connection
+        self._next: int | None = None
+        self._codec = Codec("BundleAnnouncement")
+
+    def look(self) -> dict[str, Announcement]:
+        """Reads what was announced since the last call. Raises Unavailable."""
+        connection = self._connection
+        if self._next is None:
+            if BUNDLES not in partition_counts(connection, [BUNDLES]):
+                return self.by_version
+            self._next = start_offsets(connection, BUNDLES, [0])[0]
+        end = end_offsets(connection, BUNDLES, [0])[0]
+        found = dict(self.by_version)
+        for messages in read_partition(connection, BUNDLES, 0, self._next, end, timeout_s=DELIVERY_TIMEOUT_S):
+            for message in messages:
+                if message.value() is not None:
+                    announcement = Announcement(**self._codec.decode(message.value()))
+                    found.pop(announcement.version, None)
+                    found[announcement.version] = announcement
+        self._next, self.by_version = max(self._next, end), found
+        return found
+
+
 def announced(connection: Connection) -> list[Announcement]:
     """Every announced bundle, oldest first; the last announcement of a version counts."""
     check_rights(connection, "an announced bundle")
-    if BUNDLES not in partition_counts(connection, [BUNDLES]):
-        return []
-    codec = Codec("BundleAnnouncement")
-    found: dict[str, Announcement] = {}
-    first, end = start_offsets(connection, BUNDLES, [0])[0], end_offsets(connection, BUNDLES, [0])[0]
-    for messages in read_partition(connection, BUNDLES, 0, first, end):
-        for message in messages:
-            if message.value() is not None:
-                announcement = Announcement(**codec.decode(message.value()))
-                found.pop(announcement.version, None)
-                found[announcement.version] = announcement
-    return list(found.values())
+    return list(Announced(connection).look().values())
+
+
+def fitting_for(connection: Connection, stream: str, space: str | None = None) -> list[Announcement]:
+    """The bundles that were announced for `stream` or for any, oldest first; of one space, if it has one already.
+
+    Raises TldrError where there is none.
+    """
+    fitting = [a for a in announced(connection) if a.stream in ("", stream) and not a.uri.startswith(NULL)]
+    if not fitting:
+        raise TldrError(
+            "no bundle was announced: make one with `tldr-stream bootstrap SOURCE --announce`, or give --bundle FOLDER"
+        )
+    if space is None:
+        return fitting
+    same = [a for a in fitting if a.space == space]
+    if not same:
+        raise TldrError(
+            f"no announced bundle has the encoder, codebook and gate of the stream {stream}: announce one that has, or start "
+            "another --stream on the same raw topic"
+        )
+    return same
 
 
 def find_bundle(connection: Connection, given: str | None, stream: str) -> Path:
@@ -185,11 +256,7 @@ def find_bundle(connection: Connection, given: str | None, stream: str) -> Path:
         if not folder.is_dir():
             raise TldrError(f"there is no bundle at {given}: make one with `tldr-stream bootstrap`")
         return folder
-    fitting = [a for a in announced(connection) if a.stream in ("", stream)]
-    if not fitting:
-        raise TldrError(
-            "no bundle was announced: make one with `tldr-stream bootstrap SOURCE --announce`, or give --bundle FOLDER"
-        )
+    fitting = fitting_for(connection, stream)
     folder = Path(fitting[-1].uri)
     if not folder.is_dir():
         raise TldrError(

@@ -446,14 +446,14 @@ def bundle_inspect(
 
 @bundle_app.command("announce", cls=JobCommand)
 def bundle_announce(
-    folder: Annotated[Path, typer.Argument(help="Folder of the bundle, as the workers see it.")],
+    folder: Annotated[str, typer.Argument(help="Folder of the bundle as the workers see it, or an fsspec URL.")],
     stream: Annotated[str, typer.Option(help="Only for the workers of this stream.  [default: of any]")] = "",
     bootstrap_servers: BootstrapServers = DEFAULT_BOOTSTRAP,
     kafka: KafkaSettings = None,
     kafka_properties: KafkaProperties = None,
     json: Json = False,
 ) -> None:
-    """Announce a bundle: workers that start without --bundle take the newest one announced.
+    """Announce a bundle: workers that run without --bundle switch to the newest one announced, without stopping.
 
     Example: tldr-stream bundle announce ./bundles/sample
     """
@@ -462,6 +462,29 @@ def bundle_announce(
     from stream.results import show
 
     show(announce_folder(Connection.of(bootstrap_servers, kafka or (), kafka_properties), folder, stream), json)
+
+
+@bundle_app.command("list", cls=JobCommand)
+def bundle_list(
+    topic: Annotated[str | None, typer.Option(help="Topic of the raw pairs: show its stream's epochs, too.")] = None,
+    stream: Stream = None,
+    bootstrap_servers: BootstrapServers = DEFAULT_BOOTSTRAP,
+    kafka: KafkaSettings = None,
+    kafka_properties: KafkaProperties = None,
+    json: Json = False,
+) -> None:
+    """List the announced bundles, and which partitions of a stream run with which.
+
+    Example: tldr-stream bundle list --topic raw-pairs
+    """
+    from stream.bundle_list import list_bundles
+    from stream.kafka import Connection
+    from stream.results import show
+
+    connection = Connection.of(bootstrap_servers, kafka or (), kafka_properties)
+    name = stream or topic
+    source = None if name is None else _source(name, stream, bootstrap_servers, kafka, kafka_properties)
+    show(list_bundles(connection, source), json)
 
 
 @app.command(cls=JobCommand)

@@ -12,15 +12,17 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
 
+from models.errors import BundleError, ModelError
 from models.model import PairModel
 from state.directory import StateDirectory
 from state.errors import SettingsDiffer, StateError
@@ -28,7 +30,9 @@ from state.quota import Ratio
 from state.settings import StreamSettings, rule_named
 from stream.allocator import bound_heaps
 from stream.broker_errors import Course, course_of, lacks_right
-from stream.bundles import find_bundle
+from stream.bundle_fetch import fetch, prune
+from stream.bundle_switch import BundleSwitch
+from stream.bundles import NULL, Announced, Announcement, find_bundle, fitting_for
 from stream.dead_share import DEFAULT_LIMIT, NO_LIMIT, DeadShare, Stretch, recent_dead
 from stream.errors import Fenced, RightLost, Stopped, TldrError, Unavailable
 from stream.group_gap import GapWatch
@@ -51,7 +55,7 @@ from stream.reduce import Reduction
 from stream.restore import Cancel, Restored, restore
 from stream.rights import check_rights, lost_right
 from stream.schema_registry import open_registry
-from stream.stream_view import StreamSource
+from stream.stream_view import StreamSource, stored_settings
 from stream.topics import KEPT_OVERHEAD_BYTES, StreamTopics
 from stream.transaction import Outlet
 from stream.worker import REVOKE_BUDGET_S, Pace, Worker
@@ -75,6 +79,7 @@ PREFETCH_KB = 32 * 1024
 PREFETCH_MESSAGES = 5000
 NULL_BATCH_PAIRS = 2000
 RESTORE_AGAIN_AFTER_S = 1.0
+BUNDLES_FOLDER = "bundles"  # in the state directory
 GC_THRESHOLDS = (200_000, 20, 100)
 # It names a folder and a part of the transactional id.
 INSTANCE_ID = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,200}")
@@ -139,8 +144,9 @@ def consume(options: ConsumeOptions) -> None:
     fetch = _fetcher(options)
     check_rights(connection, "consume", raw=topic, stream=stream)
     partitions = partition_count(connection, topic)
-    folder = None if options.model == "null" else find_bundle(connection, options.bundle, stream)
     topics = StreamTopics(stream)
+    stored = stored_settings(connection, topics)
+    candidates = _candidates(options, stream, stored.space if stored else None)
     record_bytes = int(topic_setting(connection, topic, "max.message.bytes") or DEFAULT_RECORD_BYTES)
     # T_o may stand three times in a kept pair, but an image that fills a record leaves no room for such a T_o.
     kept_bytes = min(2 * record_bytes + KEPT_OVERHEAD_BYTES, 2 * RECORD_BYTES_MAX)
@@ -150,7 +156,7 @@ def consume(options: ConsumeOptions) -> None:
 
     with _state_directory(options, stream) as directory:
         metrics = Metrics()
-        model = _load(options, folder)
+        model = _load(options, candidates, directory.path / BUNDLES_FOLDER)
         metrics.bundle.info({"version": model.version})
         metrics.watch_disk(directory.path)
         metrics.fencings.inc(directory.fencings)
@@ -256,14 +262,63 @@ def _state_directory(options: ConsumeOptions, stream: str) -> StateDirectory:
     return StateDirectory.next_free(root)
 
 
-def _load(options: ConsumeOptions, folder: Path | None) -> PairModel:
-    if folder is None:
+def _candidates(options: ConsumeOptions, stream: str, space: str | None) -> list[Announcement]:
+    """The announced bundles that a worker may begin with, oldest first. Raises TldrError where there is none."""
+    if options.model == "null":
+        return []
+    if options.bundle is not None:
+        find_bundle(options.connection, options.bundle, stream)
+        return []
+    return fitting_for(options.connection, stream, space)
+
+
+def _load(options: ConsumeOptions, candidates: list[Announcement], cache: Path) -> PairModel:
+    """The model to begin with: the newest candidate that can be had. Raises what the newest one raised if none can."""
+    if options.model == "null":
         from models.null import NullModel
 
         return NullModel()
     from models.bundle import load_model
 
-    return load_model(folder, options.device)
+    if options.bundle is not None:
+        return load_model(options.bundle, options.device)
+    first: Exception | None = None
+    for announcement in reversed(candidates):
+        try:
+            return load_model(_fetched(announcement, cache), options.device)
+        except (ModelError, TldrError) as error:
+            log.warning("bundle %s cannot be loaded: %s", announcement.version[:12], error)
+            first = first or error
+    raise first or TldrError("no bundle was announced")
+
+
+def _fetched(announcement: Announcement, cache: Path, beside: Sequence[Path] = ()) -> Path:
+    if (
+        "://" not in announcement.uri
+        and not Path(announcement.uri).is_dir()
+        and not (cache / announcement.version).is_dir()
+    ):
+        raise TldrError(
+            f"the announced bundle {announcement.version[:12]} lies at {announcement.uri}, which is not on this machine: "
+            "copy it here and give --bundle FOLDER, or announce it at a URL"
+        )
+    return fetch(announcement.uri, announcement.version, cache, beside)
+
+
+def _beside(announcement: Announcement, base: PairModel, cache: Path, options: ConsumeOptions) -> PairModel:
+    """The model of an announced bundle, with the networks of `base` where they are the same."""
+    if announcement.uri.startswith(NULL):
+        from models.null import NullModel
+
+        return NullModel.at(announcement.uri)
+    from models.bundle import load_beside
+
+    folder = _fetched(announcement, cache)
+    try:
+        return load_beside(folder, base, options.device)
+    except BundleError:
+        shutil.rmtree(folder, ignore_errors=True)  # damaged on our own disk, perhaps: fetched again next time
+        raise
 
 
 def _settings(options: ConsumeOptions, model: PairModel, partitions: int, raw_topic_id: str) -> StreamSettings:
@@ -343,6 +398,20 @@ def _run(
             connection, f"{group}-{instance}", using.kept_bytes_max, options.transaction_timeout_s, on_error
         )
 
+    cache = directory.path / BUNDLES_FOLDER
+    models: dict[str, PairModel] = {}
+    using = replace(using, models=models)
+    switch = BundleSwitch(
+        model,
+        group,
+        Announced(connection) if options.bundle is None else None,
+        lambda announcement: _beside(announcement, model, cache, options),
+        lambda: {} if worker is None else dict(worker.assignment.running),
+        settings.cell_cap is not None,
+        metrics,
+        models,
+        lambda used: prune(cache, used),
+    )
     dead_share = DeadShare(_dlq_limit(options))
     dead_before: dict[int, Stretch] = {}  # from the threads that restore to the one that judges
     try:
@@ -363,6 +432,8 @@ def _run(
                     connection, topics, options.topic, group, settings, number, path,
                     continue_after_loss=options.on_data_loss == "continue", cancelled=cancel,
                 )  # fmt: skip
+                if restored is not None and not _made_ready(restored, switch, cancel):
+                    return None
                 if restored is not None and dead_share.limit != NO_LIMIT:
                     dead_before[number] = _recent_dead(StreamSource(connection, topics), restored)
                 return restored
@@ -372,13 +443,7 @@ def _run(
                     return None
 
     def adopt(restored: Restored) -> None:
-        live = restored.partition.bundle
-        if live is not None and live != model.version:
-            raise TldrError(
-                f"the stream runs with bundle {live[:12]} and this worker has {model.version[:12]}: give it that one "
-                "with --bundle, or start another --stream"
-            )
-        restored.partition.adopt(model.version, model.space, restored.next_offset)
+        switch.begin(restored.partition, restored.next_offset)
         position = restored.partition.store.position()
         if position is not None and (stretch := dead_before.pop(restored.partition.partition, None)):
             dead_share.remember(restored.partition.partition, position.wall_clock_ms, stretch)
@@ -402,6 +467,7 @@ def _run(
         GapWatch(connection, group, options.topic, settings.partition_count).found,
         dead_share,
         let_work,
+        switch,
     )
     server = HealthServer(
         metrics, options.metrics_host, options.metrics_port, lambda: worker.healthy, lambda: worker.ready
@@ -415,6 +481,7 @@ def _run(
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
     try:
+        switch.start()
         worker.run()
     except RightLost as lost:
         raise explained(lost) from lost
@@ -427,8 +494,20 @@ def _run(
     except StateError as error:
         raise Stopped(str(error)) from error
     finally:
+        switch.close()
         server.close()
     log.info("worker %s has left", instance)
+
+
+def _made_ready(restored: Restored, switch: BundleSwitch, cancel: Cancel) -> bool:
+    """Closes the store where the partition cannot be run after all."""
+    ready = False
+    try:
+        ready = switch.make_ready(restored.partition, restored.next_offset, cancel)
+    finally:
+        if not ready:
+            restored.partition.store.close()
+    return ready
 
 
 def _recent_dead(source: StreamSource, restored: Restored) -> Stretch:

@@ -120,7 +120,7 @@ def cut_at(source: StreamSource, view: StreamView, offsets: Mapping[int, int]) -
 
 def _undo(cut: Cut, partition: int, cell: tuple[int, int], fate: Fate, removed: int) -> None:
     kept = int(fate == Fate.KEPT)
-    field = "evicted" if kept else "removed"
+    field = "evicted" if fate in COUNTED else "removed"
     totals = cut.totals[partition]
     totals = totals._replace(**{field: getattr(totals, field) - removed})
     for name in _TOTALS_OF[fate]:
@@ -132,7 +132,7 @@ def _undo(cut: Cut, partition: int, cell: tuple[int, int], fate: Fate, removed: 
         cut.cells[partition][cell] = counts._replace(
             counted=counts.counted - 1,
             entered=counts.entered - kept,
-            evicted=counts.evicted - (removed if kept else 0),
+            evicted=counts.evicted - removed,
         )
 
 

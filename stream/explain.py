@@ -193,10 +193,15 @@ class _Gathered:
             if (about := self._of(pair_id)) is not None:
                 if row.fate == Fate.FORGOTTEN:
                     event = Event(row.partition, row.offset, "removed: taken down", "removed")
-                else:
+                elif row.fate == Fate.KEPT and len(row.removed) == 1:
                     event = Event(
                         row.partition, row.offset, f"evicted: {row.id} has a smaller priority and took its place in a full "
-                        "cell", "evicted", row.epoch, row.cluster,
+                        "cell", "evicted", row.epoch, row.cluster, bundle=row.bundle,
+                    )  # fmt: skip
+                else:
+                    event = Event(
+                        row.partition, row.offset, "evicted: a switch of the bundle brought it into a cell that is over its "
+                        f"cap, which shrank when {row.id} came", "evicted", row.epoch, row.cluster, bundle=row.bundle,
                     )  # fmt: skip
                 about.events.append(event)
 
@@ -239,7 +244,7 @@ class _Gathered:
             last = next(event for event in about.events if event.fate == "forgotten")
         says_in = last is not None and last.fate == "kept"
         if last is not None and says_in == about.in_the_set:
-            return f"{last.what} (offset {last.offset})"
+            return f"{last.what} (offset {last.offset}{f', bundle {last.bundle[:12]}' if last.bundle else ''})"
         if about.in_the_set:
             return "kept; the row that says so has expired" if about.notes else "kept, but no row says so: run verify"
         if last is None:

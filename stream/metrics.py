@@ -207,7 +207,8 @@ class Metrics:
         )
         self.partitions = gauge(
             "partitions",
-            "Partitions of this worker by state. restoring for long: a large changelog or an open transaction.",
+            "Partitions of this worker by state. restoring for long: a large changelog or an open transaction. "
+            "waiting_for_bundle: it runs with a bundle that cannot be loaded here.",
             ["state"],
         )
         self.restore_seconds = histogram(
@@ -232,6 +233,20 @@ class Metrics:
         self.payload_bytes = counter("payload_bytes", "Bytes of the raw records consumed.")
         self.buffer_bytes = gauge(
             "buffer_bytes", "Bytes of raw records waiting for the model. Full: the model is the limit."
+        )
+        self.epoch = gauge(
+            "partition_epoch",
+            "Epoch of a partition: how often its bundle was switched. Unequal for long: a worker cannot load the new bundle.",
+            ["partition"],
+        )
+        self.bundle_missing = gauge(
+            "bundle_missing",
+            "1 while the newest announced bundle cannot be loaded here: the worker keeps the old one, and its log says why.",
+        )
+        self.switch_seconds = histogram(
+            "switch_seconds",
+            "Seconds for which a switch of the bundle kept a worker from deciding. A rise: the store's disk is slow.",
+            SECONDS_BUCKETS,
         )
         self.bundle = Info("tldr_bundle", "Version of the model bundle; more than one in a group: a switch is under way.",
                            registry=registry)  # fmt: skip

@@ -8,7 +8,7 @@ for each record by itself is most of what the engine costs (docs/tried.md).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -165,10 +165,11 @@ class Effects:
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
     images: int = 0
     captions: int = 0
+    switched: set[int] = field(default_factory=set)  # partitions that begin an epoch
 
     @property
     def empty(self) -> bool:
-        return self.records == 0
+        return self.records == 0 and not self.switched
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,13 @@ class Reduction:
     topic: str
     clock: Callable[[], float] = time.monotonic
     caption_tokens: int | None = None  # words of a refined caption that a trainer reads, None: all
+    models: Mapping[str, PairModel] = field(default_factory=dict)  # of the bundles that partitions run with, by version
+
+    def model_of(self, partition: Partition) -> PairModel:
+        """The model of the bundle that a partition runs with: `model`, or one that agrees with it in all but clusters and
+        captions."""
+        bundle = partition.bundle
+        return self.model if bundle is None or bundle == self.model.version else self.models[bundle]
 
 
 @dataclass
@@ -259,9 +267,11 @@ def reduce_batch(
     lap("decode")
 
     vectors = using.model.encode(pixels)
-    clusters = using.model.assign(vectors)
-    lap("encode")
     pairs = np.flatnonzero(batch.kinds == Kind.PAIR)
+    clusters = np.empty(len(pairs), np.int32)
+    for model, its in _by_model(batch.numbers[pairs], partitions, using):
+        clusters[its] = model.assign(vectors[its])
+    lap("encode")
     itms = using.model.match(vectors, [batch.raw(row).caption for row in pairs.tolist()])
     out.images += len(pairs)
     out.itm_raw += itms.tolist()
@@ -276,6 +286,20 @@ def reduce_batch(
     if kept.rows:
         _caption(batch, kept, images, (clusters, itms, vectors), partitions, using, out)
         lap("caption")
+
+
+def _by_model(
+    numbers: NDArray[np.int64], partitions: dict[int, Partition], using: Reduction
+) -> Iterable[tuple[PairModel, NDArray[np.int64] | slice]]:
+    """Rows, given by the number of their partition, for each model that these run with: more than one around a switch."""
+    models = {number: using.model_of(partitions[number]) for number in np.unique(numbers).tolist()}
+    different = {model.version: model for model in models.values()}
+    if len(different) <= 1:
+        yield from ((model, slice(None)) for model in different.values())
+        return
+    for version, model in different.items():
+        its = [number for number, other in models.items() if other.version == version]
+        yield model, np.flatnonzero(np.isin(numbers, its))
 
 
 class _Kept(NamedTuple):
@@ -417,7 +441,10 @@ def _caption(
     """
     vectors = seen[2][kept.pairs]
     originals = [batch.raw(row).caption for row in kept.rows]
-    generated = using.model.caption(vectors)
+    generated = [""] * len(originals)
+    for model, its in _by_model(np.array(kept.numbers), partitions, using):
+        for at, text in zip(np.arange(len(generated))[its].tolist(), model.caption(vectors[its]), strict=True):
+            generated[at] = text
     refined = [
         refine(original, text, using.joiner, using.caption_tokens)
         for original, text in zip(originals, generated, strict=True)

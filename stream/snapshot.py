@@ -375,7 +375,7 @@ def _manifest(
         "seed": view.settings.seed,
         "rule": view.settings.rule,
         "settings": settings,
-        "epochs": _epochs(view, cut, pairs_by_epoch),
+        "epochs": _epochs(view, cut, pairs_by_epoch, rows),
         "counts": {
             "counted": counted,
             "kept": entered,
@@ -392,7 +392,8 @@ def _manifest(
     }
 
 
-def _epochs(view: StreamView, cut: Cut, pairs: Mapping[int, int]) -> list[dict[str, Any]]:
+def _epochs(view: StreamView, cut: Cut, pairs: Mapping[int, int], rows: list[list[int]]) -> list[dict[str, Any]]:
+    """The bundle of every epoch, where it begins, and how many pairs of the set and of the snapshot were counted in it."""
     epochs: dict[int, dict[str, Any]] = {}
     for p, part in sorted(view.partitions.items()):
         for epoch, switch in sorted(part.switches.items()):
@@ -405,6 +406,7 @@ def _epochs(view: StreamView, cut: Cut, pairs: Mapping[int, int]) -> list[dict[s
                     "bundle": switch.bundle,
                     "space": switch.space,
                     "pairs": pairs.get(epoch, 0),
+                    "taken": sum(row[-1] for row in rows if row[1] == epoch),
                     "begins": {},
                 },
             )

@@ -265,6 +265,19 @@ class ChangelogFollower:
             on_record((message.partition(), key, value))
 
 
+def stored_settings(connection: Connection, topics: StreamTopics) -> StreamSettings | None:
+    """The settings of a stream: the first record of its changelog. None: no worker has committed anything yet."""
+    count = partition_counts(connection, [topics.changelog]).get(topics.changelog, 0)
+    spans = whole(connection, topics.changelog, range(count), committed=True)
+    for p, span in spans.items():
+        for messages in read_spans(connection, topics.changelog, {p: span}, batch=10):
+            for message in messages:
+                if message.key() == SETTINGS and message.value() is not None:
+                    return StreamSettings.from_json(message.value())
+            break  # it is the first that a partition has
+    return None
+
+
 def read_view(source: StreamSource) -> StreamView:
     """What the stream has committed by now. Raises TldrError where there is none.
 

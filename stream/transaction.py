@@ -71,7 +71,7 @@ class Sealed(NamedTuple):
 
 def seal(effects: Effects, partitions: Mapping[int, Partition], outlet: Outlet) -> Sealed:
     """Closes the open transaction of the partitions that `effects` touch. At a batch boundary, by whoever decides."""
-    touched = sorted(effects.codes.keys() | {letter.message.partition() for letter in effects.dead})
+    touched = sorted(effects.codes.keys() | effects.switched | {letter.message.partition() for letter in effects.dead})
     group = outlet.consumer.consumer_group_metadata()
     codes = [
         (p, record)

@@ -11,6 +11,7 @@ snapshot to snapshot, whatever has expired since.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from array import array
@@ -23,12 +24,15 @@ from typing import TYPE_CHECKING
 
 import lmdb
 import numpy as np
+from numpy.typing import NDArray
 
+from models.errors import BundleError
 from state.changelog import (
     ENTRY,
     FORGOTTEN,
     KNOWN,
     CellCounts,
+    Entry,
     Totals,
     decode_entry,
     decode_forgotten,
@@ -38,7 +42,8 @@ from state.changelog import (
 from state.partition import Fate
 from state.priority import hash_id, id_key
 from stream.batch_tldr import Before, Kept, Outcome, Row, reduce_partition
-from stream.bundles import announced
+from stream.bundle_fetch import fetch
+from stream.bundles import NULL, announced
 from stream.cut import codes_position, first_row_offset, written
 from stream.errors import Differs, NotVerified, TldrError
 from stream.kafka import partition_counts, start_offsets, topic_id
@@ -62,6 +67,8 @@ from stream.stream_view import (
 
 if TYPE_CHECKING:
     from models.model import PairModel
+
+log = logging.getLogger(__name__)
 
 # A difference is shown up to this often a kind; `--json` has them all.
 SHOWN = 20
@@ -256,24 +263,28 @@ def _raw_from(source: StreamSource, raw_topic: str, view: StreamView, out: Verif
 def models_of(
     source: StreamSource, bundle: str | None = None, *, null: bool = False
 ) -> Callable[[str], PairModel | None]:
-    """Where `verify` finds the model of a bundle version: in the folder `bundle`, or where it was announced to be.
+    """Where `verify` finds the model of a bundle version: in the folder `bundle`, or else where it was announced to be.
 
-    null  the stream was made with `consume --model null`
+    null  the stream began with `consume --model null`
     """
 
     def find(version: str) -> PairModel | None:
-        if null:
-            from models.null import NullModel
-
-            return NullModel()
         from models.bundle import load_model, read_manifest
+        from models.null import NullModel
 
-        # A kept pair names the first half of the version, which is unique enough to find it by.
-        folders = [bundle] if bundle else [a.uri for a in announced(source.connection) if a.version.startswith(version)]
-        for folder in folders:
-            if Path(folder).is_dir() and read_manifest(folder).version.startswith(version):
-                return load_model(folder)
-        return None
+        if bundle is not None and read_manifest(bundle).version.startswith(version):
+            return load_model(bundle)
+        uri = next((a.uri for a in reversed(announced(source.connection)) if a.version == version), None)
+        if uri is None:
+            return NullModel() if null and NullModel().version == version else None
+        if uri.startswith(NULL):
+            return NullModel.at(uri)
+        with tempfile.TemporaryDirectory(prefix="tldr-bundle-") as folder:
+            try:
+                return load_model(fetch(uri, version, Path(folder)))
+            except BundleError as error:
+                log.warning("bundle %s cannot be loaded: %s", version[:12], error)
+                return None
 
     return find
 
@@ -305,6 +316,7 @@ class _Partition:
         self.vectors: dict[int, int] = {}  # offset of a kept pair → hash of its vector
         self.removed_by: list[tuple[int, str]] = []
         self.evicted: Counter[tuple[int, int]] = Counter()
+        self.regrouped: _Regrouped
 
     def verify(self) -> None:
         """Everything about this partition, into the result."""
@@ -323,6 +335,11 @@ class _Partition:
             before = self._state_before(span, start)
         letters, letters_expired = self._dead_letters(start)
         gaps = _Gaps(self.number, start, cut, letters, self.out)
+        regrouped = self._regrouping(before, span, start)
+        if regrouped is None:
+            self._pass_over(span, gaps, letters, letters_expired)
+            return
+        self.regrouped = regrouped
         reduced, outcomes = reduce_partition(
             self._rows(span, gaps),
             seed=self.settings.seed,
@@ -333,9 +350,15 @@ class _Partition:
             window=self.settings.dedupe_window,
             gate=self.settings.gate,
             switches=[(switch.input_offset, epoch) for epoch, switch in sorted(self.head.switches.items())] or [(0, 0)],
+            cluster_in=regrouped.cluster_in,
             before=before,
         )
         self.clusters.settle()
+        if regrouped.unknown:
+            self.out.not_verified.append(
+                f"partition {self.number}: {regrouped.unknown} pairs from before offset {start} that left since came through "
+                "a switch, and nothing tells their clusters in between: cells that had their cap may show differences"
+            )
         gaps.end()
         self.out.rows += len(self.recorded.ids)
         self.out.dead_letters += len(letters)
@@ -351,6 +374,42 @@ class _Partition:
             self._compare_totals(len(letters))
         elif exact:
             self._compare_totals(None)
+
+    def _regrouping(self, before: Before | None, span: tuple[int, int], start: int) -> _Regrouped | None:
+        """What tells the clusters of pairs in later epochs than their own; None: a bundle for that cannot be had."""
+        switches = self.head.switches
+        if self.settings.cell_cap is None or len(switches) < 2:
+            return _Regrouped({})
+        models = {epoch: self.clusters.model(switch.bundle) for epoch, switch in switches.items() if epoch > 0}
+        if missing := sorted({switches[epoch].bundle for epoch, model in models.items() if model is None}):
+            self.out.not_verified.append(
+                f"partition {self.number}: with a cap, who leaves after a switch depends on the bundle "
+                f"{', '.join(version[:12] for version in missing)}, which is neither announced nor given: give --bundle FOLDER"
+            )
+            return None
+        regrouped = _Regrouped({epoch: model for epoch, model in models.items() if model is not None})
+        if before is not None:
+            offsets = {pair_id: kept.offset for pair_id, kept in before.reduced.values()}
+            for pair_id, offset, epoch, vector in self.changelog.vectors(self.number):
+                if offsets.get(pair_id) == offset:
+                    regrouped.add(offset, epoch, vector)
+            for row in read_codes(self.source, {self.number: span}, below={self.number: self.head.cut}):
+                for gone in row.removed if row.offset >= start and row.fate in COUNTED else ():
+                    if gone in offsets:
+                        regrouped.say(row.epoch, offsets[gone], row.cluster)
+        return regrouped
+
+    def _pass_over(self, span: tuple[int, int], gaps: _Gaps, letters: Mapping[int, int], letters_expired: bool) -> None:
+        """What can be said without the reference: clusters, and raw records without a trace."""
+        self.regrouped = _Regrouped({})
+        for _ in self._rows(span, gaps):
+            pass
+        self.clusters.settle()
+        gaps.end()
+        self.out.rows += len(self.recorded.ids)
+        self.out.dead_letters += len(letters)
+        self.out.pairs += self.index.live_count(self.number)
+        self._look_up(gaps, letters_expired)
 
     def _verifiable_from(self, span: tuple[int, int], begin: int, cut: int) -> int:
         """The input offset from which on all rows are still there."""
@@ -381,8 +440,9 @@ class _Partition:
                 self.recorded.add(row)
                 if row.fate == Fate.KEPT and row.vector is not None:
                     self.vectors[row.offset] = hash(row.vector.tobytes())
+                    self.regrouped.add(row.offset, row.epoch, row.vector)
                 self.removed_by += [(row.offset, gone) for gone in row.removed]
-                if row.fate == Fate.KEPT:
+                if row.fate in COUNTED:
                     self.evicted[row.epoch, row.cluster] += len(row.removed)
                 self.clusters.check(row)
                 yield _as_row(row)
@@ -801,14 +861,18 @@ class _Clusters:
         if len(self._rows) >= ASSIGN_ROWS:
             self.settle()
 
+    def model(self, bundle: str) -> PairModel | None:
+        """The model of a bundle, asked for once."""
+        if bundle not in self._models:
+            self._models[bundle] = self._model_of(bundle)
+        return self._models[bundle]
+
     def settle(self) -> None:
         """Compares the rows that wait."""
         if not self._rows:
             return
         bundle = self._rows[0].bundle
-        if bundle not in self._models:
-            self._models[bundle] = self._model_of(bundle)
-        model = self._models[bundle]
+        model = self.model(bundle)
         if model is None:
             self._unknown[bundle] = self._unknown.get(bundle, 0) + len(self._rows)
         else:
@@ -825,6 +889,45 @@ class _Clusters:
             self._out.not_verified.append(
                 f"{rows} clusters, since the bundle {bundle[:12]} is neither announced nor given: give --bundle FOLDER"
             )
+
+
+class _Regrouped:
+    """The clusters of kept pairs in the epochs after their own, as the bundles of those assign their recorded vectors."""
+
+    def __init__(self, models: Mapping[int, PairModel]) -> None:
+        """models  by epoch; empty where nobody asks: without a cap, or without a switch"""
+        self._models = models
+        self._waiting: list[tuple[int, int, NDArray[np.uint16]]] = []
+        self._clusters: dict[tuple[int, int], int] = {}
+        self.unknown = 0
+
+    def add(self, offset: int, epoch: int, vector: NDArray[np.uint16]) -> None:
+        """A pair that was kept in this epoch."""
+        if any(later > epoch for later in self._models):
+            self._waiting.append((offset, epoch, vector))
+            if len(self._waiting) >= ASSIGN_ROWS:
+                self._settle()
+
+    def say(self, epoch: int, offset: int, cluster: int) -> None:
+        """What an eviction tells of a pair whose vector is gone: where it was when it left."""
+        self._clusters.setdefault((epoch, offset), cluster)
+
+    def cluster_in(self, epoch: int, offset: int) -> int:
+        """For the batch reference. Of whom nothing is known stands in a cell of its own."""
+        self._settle()
+        cluster = self._clusters.get((epoch, offset))
+        if cluster is None:
+            self.unknown += 1
+            return -1 - offset
+        return cluster
+
+    def _settle(self) -> None:
+        for later, model in self._models.items():
+            its = [(offset, vector) for offset, epoch, vector in self._waiting if epoch < later]
+            if its:
+                assigned = model.assign(np.array([vector for _, vector in its], np.uint16)).tolist()
+                self._clusters.update({(later, offset): c for (offset, _), c in zip(its, assigned, strict=True)})
+        self._waiting.clear()
 
 
 class _Changelog:
@@ -870,11 +973,19 @@ class _Changelog:
 
     def entries(self, partition: int) -> Iterator[tuple[str, int, int, int, int]]:
         """(id, offset, epoch, cluster, hash of the vector) of every entry of a partition."""
+        for entry in self._entries(partition):
+            yield entry.pair_id, entry.offset, entry.epoch, entry.cluster, hash(entry.vector.tobytes())
+
+    def vectors(self, partition: int) -> Iterator[tuple[str, int, int, NDArray[np.uint16]]]:
+        """(id, offset, epoch, index vector) of every entry of a partition."""
+        for entry in self._entries(partition):
+            yield entry.pair_id, entry.offset, entry.epoch, entry.vector
+
+    def _entries(self, partition: int) -> Iterator[Entry]:
         prefix = partition.to_bytes(4, "big")
         with self._env.begin() as txn, txn.cursor() as cursor:
             if cursor.set_range(prefix):
                 for key, value in cursor.iternext():
                     if key[:4] != prefix:
                         return
-                    entry = decode_entry(value)
-                    yield entry.pair_id, entry.offset, entry.epoch, entry.cluster, hash(entry.vector.tobytes())
+                    yield decode_entry(value)

@@ -27,6 +27,7 @@ from state.partition import Fate
 from stream.allocator import give_back
 from stream.assignment import Assignment, Restore
 from stream.broker_errors import refuses_entry, says_fenced
+from stream.bundle_switch import BundleSwitch
 from stream.dead_share import DeadShare
 from stream.errors import Fenced, Stopped, TldrError, Unavailable
 from stream.intake import Intake
@@ -106,6 +107,7 @@ class Worker:
         group_has_gap: Callable[[], bool],
         dead_share: DeadShare,
         reach: Callable[[], None],
+        switch: BundleSwitch,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.consumer, self.topic, self.using, self.outlet = consumer, topic, using, outlet
@@ -121,6 +123,7 @@ class Worker:
         self.has_run = False  # whether a partition has ever been running here
         self._knocking: Future[None] | None = None
         self._knock_thread = ThreadPoolExecutor(1, "knock")
+        self._switch = switch
         self._clock = clock
         self._effects = Effects()
         self._effects_since: float | None = None
@@ -155,7 +158,9 @@ class Worker:
     @property
     def ready(self) -> bool:
         """Joined the group, and every partition that it gave is running."""
-        return self.assignment.joined and not self.assignment.restoring and not self._stopping.is_set()
+        assignment = self.assignment
+        settled = assignment.joined and not assignment.restoring and not assignment.waiting
+        return settled and not self._stopping.is_set()
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -208,6 +213,10 @@ class Worker:
         if self._pending is None:
             if self._sending is not None and self._sending.done.done():
                 self._end_commit()
+            for partition in self.assignment.running.values():
+                partition.store.make_room()
+            if ready := self._switch.ready(self.assignment.running):
+                self._switch_over(ready)
             if self._commit_is_due():
                 self._begin_commit()
             if self._is_full():
@@ -365,6 +374,17 @@ class Worker:
             extra=at("commit", self.topic, spans, records=effects.records, seconds=round(took_s, 4), **more),
         )  # fmt: skip
 
+    def _switch_over(self, ready: list[int]) -> None:
+        """Begins the next epoch of these partitions, in a transaction that holds nothing else."""
+        self._commit()  # what is open belongs to the epochs before
+        began = self._clock()
+        running = self.assignment.running
+        self._effects.switched = {p for p in ready if p in running and self._switch.adopt(running[p])}
+        self._begin_commit()
+        self.metrics.switch_seconds.observe(self._clock() - began)
+        if not self.assignment.restoring:
+            self._switch.keep_only_what_is_used()
+
     def _settle(self, budget_s: float | None = None) -> None:
         """Finishes the batch in the model and commits. After `budget_s` the batch is given up, and nothing of it happened."""
         if self._pending is not None:
@@ -453,7 +473,8 @@ class Worker:
     def _at_end(self) -> bool:
         running = self.assignment.running
         settled = self._effects.empty and self._sending is None
-        return bool(running) and self.ready and settled and running.keys() <= self.intake.at_end.keys()
+        done = bool(running) and self.ready and settled and running.keys() <= self.intake.at_end.keys()
+        return done and not self._switch.pending(running)
 
     def _check_keys(self, batch: list[Any]) -> None:
         """Counts records outside their key's murmur2 partition: ids are known only within a partition."""
@@ -509,14 +530,17 @@ class Worker:
         self._counted_bytes = intake.received_bytes
         metrics.partitions.labels("running").set(len(self.assignment.running))
         metrics.partitions.labels("restoring").set(len(self.assignment.restoring))
+        metrics.partitions.labels("waiting_for_bundle").set(len(self.assignment.waiting))
         metrics.lag.clear()
         metrics.reduced_set.clear()
         metrics.store_bytes.clear()
+        metrics.epoch.clear()
         # What was committed last, remembered: the store itself belongs to the model's thread while that works.
         for number, (next_offset, totals) in self._committed.items():
             if number not in self.assignment.running:
                 continue
             label = str(number)
+            metrics.epoch.labels(label).set(self.assignment.running[number].epoch)
             metrics.reduced_set.labels(label).set(totals.kept - totals.evicted - totals.removed)
             with contextlib.suppress(OSError):
                 metrics.store_bytes.labels(label).set((self._store_file(number)).stat().st_blocks * 512)

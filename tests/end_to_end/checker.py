@@ -291,11 +291,11 @@ class _PartitionFacts:
     changelog: list[Seen]
 
     @property
-    def positions(self) -> list[tuple[int, int]]:
-        """(offset in the changelog, next input offset) of every P record."""
+    def positions(self) -> list[tuple[int, int, bool]]:
+        """(offset in the changelog, next input offset, whether a switch stands right before it) of every P record."""
         return [
-            (record.offset, json.loads(record.value)["next_offset"])
-            for record in self.changelog
+            (record.offset, json.loads(record.value)["next_offset"], (before.key or b"")[:1] == b"W")
+            for before, record in zip([Seen(-1, None, None, {}), *self.changelog], self.changelog, strict=False)
             if record.key == b"P" and record.value is not None
         ]
 
@@ -309,6 +309,7 @@ def check(
     sent: Iterable[tuple[int, int]] = (),
     visible: Iterable[tuple[Place, int]] = (),
     stores: Sequence[StoreContent] = (),
+    assign_of: Mapping[str, Callable[[Any], Any]] | None = None,
 ) -> Findings:
     """Reads all there is, and counts the anomalies.
 
@@ -316,6 +317,7 @@ def check(
     sent        (partition, offset) of the raw records that a producer was told to be safe
     visible     what a read_committed reader was shown while it happened, with the CRC-32 of its value
     stores      local stores of workers that have ended
+    assign_of   of a stream with a cap and switches: bundle version → what gives index vectors their clusters
     Compacted topics are checked as they are: run it before the cleaner has been there.
     """
     name = stream or raw_topic
@@ -342,7 +344,7 @@ def check(
         _check_traces(findings, partition, facts, settings)
         _check_order(findings, partition, facts)
         if settings:
-            _check_batch(findings, partition, facts, settings)
+            _check_batch(findings, partition, facts, settings, assign_of or {})
         for store in stores:
             if store.partition == partition:
                 _check_store(findings, store, facts, settings)
@@ -391,10 +393,13 @@ def _check_traces(findings: Findings, partition: int, facts: _PartitionFacts, se
 
 
 def _check_order(findings: Findings, partition: int, facts: _PartitionFacts) -> None:
-    """A committed transaction goes on where the one before it in the log ended; else its writer was a zombie."""
+    """A committed transaction goes on where the one before it in the log ended; else its writer was a zombie.
+
+    One that holds nothing but a switch stands still.
+    """
     reached = -1
-    for at, next_offset in facts.positions:
-        if next_offset <= reached:
+    for at, next_offset, switches in facts.positions:
+        if next_offset <= reached - switches:
             findings.add(
                 "written_after_fencing",
                 f"changelog {partition}/{at} goes back to input offset {next_offset} from {reached}",
@@ -409,17 +414,38 @@ def _check_order(findings: Findings, partition: int, facts: _PartitionFacts) -> 
         last, record = max(last, row.offset), row.at
 
 
-def _check_batch(findings: Findings, partition: int, facts: _PartitionFacts, settings: Mapping[str, Any]) -> None:
+def _check_batch(
+    findings: Findings, partition: int, facts: _PartitionFacts, settings: Mapping[str, Any],
+    assign_of: Mapping[str, Callable[[Any], Any]],
+) -> None:  # fmt: skip
     """What the batch reference makes of the recorded rows, against what is recorded and what is visible."""
     kept_pair, raw_pair = Avro("KeptPair"), Avro("RawPair")
     p, q = map(int, settings["ratio"].split("/"))
     raw = {record.offset: record for record in facts.raw}
-    switches = {
-        json.loads(record.value)["epoch"]: json.loads(record.value)["input_offset"]
+    written = [
+        json.loads(record.value)
         for record in facts.changelog
         if (record.key or b"")[:1] == b"W" and record.value is not None
-    }
+    ]
+    switches = {switch["epoch"]: switch["input_offset"] for switch in written}
+    if len(switches) != len(written):
+        findings.add("counted_twice", f"partition {partition} has an epoch that began twice")
+    bundles = {switch["epoch"]: switch["bundle"] for switch in written}
     rows = {row.offset: row for row in sorted(facts.rows, key=lambda row: row.offset)}
+
+    def cluster_in(epoch: int, offset: int) -> int:
+        vector = np.frombuffer(rows[offset].vector or b"", "<u2")
+        return int(assign_of[bundles[epoch]](vector[None])[0])
+
+    for row in rows.values():
+        if (
+            row.vector is not None
+            and bundles.get(row.epoch) in assign_of
+            and cluster_in(row.epoch, row.offset) != row.cluster
+        ):
+            findings.add(
+                "differs_from_batch", f"raw {partition}/{row.offset} is in another cluster than its bundle says"
+            )
     reduced, outcomes = reduce_partition(
         [
             # only a duplicate's cluster is not recorded, and it cannot matter
@@ -435,6 +461,7 @@ def _check_batch(findings: Findings, partition: int, facts: _PartitionFacts, set
         window=settings["dedupe_window"],
         gate=settings["gate"],
         switches=[(offset, epoch) for epoch, offset in switches.items()] or [(0, 0)],
+        cluster_in=cluster_in,
     )
     for row in rows.values():
         expected = outcomes.get(row.offset, Outcome("nothing: there is no such raw record"))

@@ -21,8 +21,12 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from models.null import NullModel
 from stream.broker import LocalBroker
+from stream.bundles import announce_folder
 from stream.kafka import Connection
+from stream.stream_view import StreamSource, read_view
+from stream.topics import StreamTopics
 from tests.end_to_end.checker import NO_ANOMALY, Findings, check
 from tests.end_to_end.dying_worker import Life, Nursery
 from tests.end_to_end.outcome import Raw, create_topic, local_stores, processed, send
@@ -31,6 +35,8 @@ from tests.end_to_end.worker_process import ENVIRONMENT, REPOSITORY, WorkerProce
 WINDOWS_A_UNIT = 40
 KILLED, THROUGH = -signal.SIGKILL, 0
 PARTITIONS = 2
+BUNDLES = ("null:1/2", "null:2/1", "null:3/3", "null:2/1")
+ASSIGN_OF = {model.version: model.assign for model in (NullModel(), *(NullModel.at(uri) for uri in BUNDLES))}
 _streams = itertools.count(1)  # of all stands of a process: two of them may stand on one broker
 DONE = REPOSITORY / ".build" / "crash.jsonl"
 DOCUMENT = REPOSITORY / "docs" / "crash-windows.md"
@@ -72,7 +78,7 @@ class Stream:
         self.folder = stand.folder / name
         self.folder.mkdir()
         self.state = self.folder / "state"
-        self._sent = 0
+        self._sent = self._announced = 0
         create_topic(stand.kafka, name, PARTITIONS)
 
     @property
@@ -96,6 +102,11 @@ class Stream:
         """A worker's life until the end of the input, or until it dies."""
         return self.stand.nursery.run(self.arguments("--stop-at-end"), self.log, nth=nth, at=at, within=within)
 
+    def announce(self) -> None:
+        """The next bundle: one cell, over its cap; three; one again; two."""
+        self._announced += 1
+        announce_folder(self.stand.kafka, BUNDLES[self._announced % len(BUNDLES)], self.name)
+
     def live_through(self) -> None:
         life = self.live()
         if life.status != THROUGH:
@@ -106,7 +117,9 @@ class Stream:
         folders = [self.state, self.folder / "other"]
         with local_stores(folders, PARTITIONS) as stores:
             logs = self.stand.broker.data / "logs"
-            return check(self.stand.broker.bootstrap_servers, self.name, log_folder=logs, stores=stores)
+            return check(
+                self.stand.broker.bootstrap_servers, self.name, log_folder=logs, stores=stores, assign_of=ASSIGN_OF
+            )
 
 
 # -- the lives ---------------------------------------------------------------------------------------------------------
@@ -190,6 +203,69 @@ def revoked_life(stream: Stream, nth: int = 0, at: str = "") -> Life:
     return life
 
 
+def switch(stand: Stand, first: int) -> Iterator[tuple[str, Stream]]:
+    """A worker's partitions are switched to one bundle after the other; every third worker comes without a store."""
+    stream = stand.stream()
+    stream.feed()
+    stream.live_through()
+    stream.feed()
+    stream.announce()
+    for nth in range(first, 1 << 20):
+        if nth % 3 == 0:
+            shutil.rmtree(stream.state)
+        life = stream.live(nth)
+        yield died_of(life, stream), stream
+        if life.status == THROUGH:
+            return
+        if life.steps.count("after commit_transaction") > 1:  # the switch and what came after it
+            stream.feed()
+            stream.announce()
+
+
+def switch_and_rebalance(stand: Stand, first: int) -> Iterator[tuple[str, Stream]]:
+    """A worker dies over a switch while another one joins, which is late to know of the bundle."""
+    for nth in range(first, 1 << 20):
+        stream = stand.stream()
+        stream.feed()
+        life = _switched_and_rebalanced(stream, nth)
+        yield died_of(life, stream), stream
+        if life.status == THROUGH:
+            return
+
+
+def _switched_and_rebalanced(stream: Stream, nth: int) -> Life:
+    nursery, kafka = stream.stand.nursery, stream.stand.kafka
+    nursery.begin(stream.arguments(), stream.log, nth=nth, within=("_switch_over", "adopt"))
+    until(lambda: processed(kafka, stream.name), "the input is processed")
+    other = WorkerProcess(stream.arguments(who="other"), stream.folder / "other.log")
+    try:
+        stream.announce()
+        stream.feed()
+        until(
+            lambda: _is_zombie(nursery.pid) or (processed(kafka, stream.name) and _all_switched(stream)),
+            "the partitions are switched, or the worker dies over it",
+        )
+        if not _is_zombie(nursery.pid):
+            os.kill(nursery.pid, signal.SIGTERM)
+        life = nursery.end()
+        if life.status == KILLED:
+            nursery.begin(stream.arguments(), stream.log)
+            until(lambda: processed(kafka, stream.name) and _all_switched(stream), "everything is processed")
+            os.kill(nursery.pid, signal.SIGTERM)
+            nursery.end()
+        until(lambda: processed(kafka, stream.name), "everything is processed")
+        other.drain()
+    finally:
+        if other.running:
+            other.kill()
+    return life
+
+
+def _all_switched(stream: Stream) -> bool:
+    view = read_view(StreamSource(stream.stand.kafka, StreamTopics(stream.name)))
+    return all(len(part.switches) == 2 for part in view.partitions.values())
+
+
 def _is_zombie(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
@@ -211,6 +287,8 @@ SCENARIOS = {
     "next": next_life,
     "elsewhere": elsewhere,
     "revocation": revocation,
+    "switch": switch,
+    "rebalance": switch_and_rebalance,
 }
 
 
@@ -231,7 +309,7 @@ def run_unit(stand: Stand, scenario: str, first: int) -> Unit:
         if through or last - first + 1 >= WINDOWS_A_UNIT:
             break
     for stream in streams.values():
-        if scenario in ("next", "elsewhere"):
+        if scenario in ("next", "elsewhere", "switch"):
             stream.live_through()
         findings = stream.findings()
         for name, count in findings.anomalies.items():

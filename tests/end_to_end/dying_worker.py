@@ -111,6 +111,7 @@ def _become_mortal(nth: int, within: Iterable[str], at: str, how: int, report: P
     import stream.restore
     from state.partition_store import PartitionStore
     from stream.assignment import Assignment
+    from stream.bundle_switch import BundleSwitch
     from stream.intake import Intake
     from stream.worker import Worker
 
@@ -121,10 +122,23 @@ def _become_mortal(nth: int, within: Iterable[str], at: str, how: int, report: P
         (stream.consume, ("_producer", "restore")),
         (stream.restore, ("group_offsets", "start_offsets", "end_offsets", "_open", "_where_to_go_on")),
         (shutil, ("rmtree",)),
-        (PartitionStore, ("__init__", "apply", "close")),
+        (PartitionStore, ("__init__", "apply", "close", "begin_grouping", "group", "sweep")),
+        (BundleSwitch, ("make_ready", "adopt", "begin", "_choose")),
         (Assignment, ("assigned", "revoked")),
         (Intake, ("start", "stop")),
-        (Worker, ("_collect", "_begin_commit", "_end_commit", "_on_assign", "_on_revoke", "_settle", "_close")),
+        (
+            Worker,
+            (
+                "_collect",
+                "_begin_commit",
+                "_end_commit",
+                "_on_assign",
+                "_on_revoke",
+                "_settle",
+                "_close",
+                "_switch_over",
+            ),
+        ),
     ):
         for name in names:
             countdown.watch(owner, name)

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from models.null import NullModel
 from state.partition import Fate
 from state.partition_store import PartitionStore
+from stream.bundles import NULL, announced
 from stream.errors import TldrError
 from stream.kafka import Connection, create_missing, end_offsets
 from stream.murmur2 import partitions_of
@@ -96,7 +98,7 @@ class Outcome:
     kept: list[KeptRecord]
     dead: list[tuple[DeadLetterSeen, Any]]
     codec: Codec
-    bootstrap_servers: str
+    kafka: Connection
     raw_topic: str
 
     @property
@@ -125,7 +127,10 @@ class Outcome:
 
     def anomalies(self) -> dict[str, int]:
         """How often each thing that never may happen has happened (`NO_ANOMALY` if never), as the checker counts it."""
-        return check(self.bootstrap_servers, self.raw_topic, stream=self.view.topics.name).anomalies
+        models = [NullModel(), *(NullModel.at(a.uri) for a in announced(self.kafka) if a.uri.startswith(NULL))]
+        assign_of = {model.version: model.assign for model in models}
+        name = self.view.topics.name
+        return check(self.kafka.bootstrap_servers, self.raw_topic, stream=name, assign_of=assign_of).anomalies
 
 
 def outcome_of(kafka: Connection, topic: str, stream: str | None = None) -> Outcome:
@@ -139,7 +144,7 @@ def outcome_of(kafka: Connection, topic: str, stream: str | None = None) -> Outc
         [r for batch in read_kept(source, whole(kafka, source.topics.kept, numbers)) for r in batch],
         list(read_dead_letters(source, whole(kafka, source.topics.dead, numbers))),
         source.codec("KeptPair"),
-        kafka.bootstrap_servers,
+        kafka,
         topic,
     )
 

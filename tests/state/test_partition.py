@@ -6,13 +6,15 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from state.changelog import Record, decode_entry, decode_forgotten, forgotten_key
 from state.errors import SettingsDiffer
@@ -20,6 +22,7 @@ from state.partition import Decision, Fate, Kind, Partition, Rows
 from state.partition_store import PartitionStore
 from state.priority import hash_id, hash_ids, id_key
 from state.quota import Ratio, kept_positions
+from state.regroup import Regrouping, sweep
 from state.settings import StreamSettings
 from stream.batch_tldr import Kept, Outcome, Row, reduce_partition
 
@@ -43,6 +46,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def assigned(bundle: str, vectors: NDArray[np.uint16]) -> NDArray[np.int32]:
+    """The clusters of index vectors under one of the test's bundles."""
+    number = int(bundle.rpartition("-")[2])
+    return (vectors[:, 0].astype(np.int64) * (2 * number + 1) // 3 % 3).astype(np.int32)
+
+
 def scratch() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(dir=MEMORY)
 
@@ -60,6 +69,8 @@ class Life:
     log: list[tuple[int, Record]] = field(default_factory=list)
     decisions: dict[int, Decision] = field(default_factory=dict)  # committed ones, by offset
     stores: int = 0
+    sealed: bool = False  # whether a transaction is on its way to Kafka
+    inherited: bool = False  # whether a switch has ever regrouped pairs of a capped stream
 
     def __post_init__(self) -> None:
         self.open_decisions: dict[int, Decision] = {}
@@ -83,27 +94,67 @@ class Life:
             piece = tail[cut : cut + 7]
             self.store.apply([record for _, record in piece], piece[-1][0] + 1)
         self.partition = Partition(self.store, self.stream, PARTITION, self.live_numbers_max)
+        switch = self.partition.switch
+        if switch is not None and self.stream.cell_cap is not None:
+            self.regrouping(switch.epoch, switch.bundle, switch.input_offset).finish()
+
+    def regrouping(self, epoch: int, bundle: str, until: int | None = None) -> Regrouping:
+        return Regrouping(
+            self.store, epoch, bundle, partial(assigned, bundle), until, alone=until is not None, rows_a_step=3
+        )
+
+    def prepare(self, bundle: str = "") -> None:
+        """A step beside the stream: some entries are grouped by the next bundle, or by one that never comes."""
+        self.commit()
+        switch = self.partition.switch
+        if switch is not None and not self.store.grouped(switch.epoch, switch.bundle, switch.input_offset):
+            regrouping = self.regrouping(switch.epoch, switch.bundle, switch.input_offset)
+            regrouping.step()
+            return
+        if self.stream.cell_cap is not None and self.partition.epoch >= 0:
+            self.regrouping(self.partition.epoch + 1, bundle or f"bundle-{self.partition.epoch + 1}").step()
+            self.make_room()
+
+    def prepare_another(self) -> None:
+        self.prepare("another-9")
+
+    def make_room(self) -> None:
+        self.store.make_room()
+        sweep(self.store)
+        self.store.make_room()
+
+    def switch_to(self, bundle: str, offset: int) -> None:
+        self.commit()
+        tail = None
+        if self.partition.epoch >= 0 and bundle != self.partition.bundle and self.stream.cell_cap is not None:
+            until = self.partition.next_offset or offset
+            grouping = self.regrouping(self.partition.epoch + 1, bundle, until)
+            if self.partition.epoch % 2:  # now the store has all, now the rest is in memory
+                while grouping.step():
+                    self.store.make_room()
+            else:
+                tail = grouping.tail()
+            self.inherited |= self.store.entry_count() > 0
+        self.partition.adopt(bundle, self.stream.space, self.partition.next_offset or offset, tail)
 
     def process(self, count: int) -> None:
         """Some rows as a worker does it: first it asks which need no image, then it decides, in order."""
-        start = self.done
-        batch = self.rows[start : start + count]
-        if self.in_columns:
-            cuts = sorted({0, len(batch), *(at - start for at in self.bundles if start <= at < start + len(batch))})
-            for begin, end in pairwise(cuts):
-                self.adopt(start + begin)
-                self.decide_together(batch[begin:end])
+        start, end = self.done, min(self.done + count, len(self.rows))
+        if self.sealed:  # a switch waits until that has ended
+            end = min([end, *(at for at in self.bundles if start <= at < end)])
+        if start == end:
             return
+        for begin, cut in pairwise(sorted({start, end, *(at for at in self.bundles if start < at < end)})):
+            if begin in self.bundles:
+                self.switch_to(self.bundles[begin], self.rows[begin].offset)
+            (self.decide_together if self.in_columns else self.decide_each)(self.rows[begin:cut])
+
+    def decide_each(self, batch: list[Row]) -> None:
         key = id_key(self.stream.seed)
         ask = self.partition.fate_if_seen
         seen = {row.offset for row in batch if ask(hash_id(key, row.id)[0], row.offset) is not None}
-        for number, row in enumerate(batch, start):
-            self.adopt(number)
+        for row in batch:
             self.open_decisions[row.offset] = self.decide(row, row.offset in seen)
-
-    def adopt(self, number: int) -> None:
-        if number in self.bundles:
-            self.partition.adopt(self.bundles[number], self.stream.space, self.rows[number].offset)
 
     def decide_together(self, batch: list[Row]) -> None:
         known, priorities = hash_ids(id_key(self.stream.seed), [row.id for row in batch])
@@ -164,14 +215,18 @@ class Life:
     def commit_while_the_next_is_decided(self) -> None:
         if self.kafka_commits():
             end = self.end
+            self.sealed = True
             self.process(5)
+            self.sealed = False
             self.partition.commit(end)
 
     def abort_while_the_next_is_decided(self) -> None:
         """The transaction was sealed and Kafka refused it: what came on top of it is forgotten, too."""
         if self.open_decisions:
             self.partition.changes("worker", 1000)
+            self.sealed = True
             self.process(5)
+            self.sealed = False
             self.abort()
 
     def abort(self) -> None:
@@ -218,6 +273,7 @@ class Life:
             window=self.stream.dedupe_window,
             gate=self.stream.gate,
             switches=epochs,
+            cluster_in=lambda epoch, offset: assigned(f"bundle-{epoch}", np.full((1, 4), offset % 65536))[0],
         )
 
     def reduced(self) -> dict[str, Kept]:
@@ -242,6 +298,7 @@ class Life:
 
 ENDINGS = ["go on", "commit", "commit", "abort", "crash", "crash_after_kafka_committed", "move", "compact"]
 ENDINGS += ["compact_and_drop_tombstones", "commit_while_the_next_is_decided", "abort_while_the_next_is_decided"]
+ENDINGS += ["prepare", "prepare", "prepare_another"]
 steps = st.lists(st.tuples(st.integers(1, 12), st.sampled_from(ENDINGS)), max_size=12)
 
 
@@ -309,6 +366,7 @@ def test_any_split_abort_crash_and_restore_gives_the_batch_references_set(
         # then
         reached = [at for at in sorted(bundles) if at < len(rows)]
         reduced, outcomes = life.reference([(rows[at].offset, epoch) for epoch, at in enumerate(reached)])
+        event(f"pairs regrouped: {life.inherited}")
         assert life.reduced() == reduced
         assert life.visible() == set(reduced)
         assert_same_outcomes(life.decisions, outcomes)
@@ -363,11 +421,17 @@ def assert_store_equals_changelog(life: Life) -> None:
         for known in {hash_id(id_key(life.stream.seed), row.id)[0] for row in life.rows}:
             assert restored.known_offset(known) == life.store.known_offset(known)
         assert restored.known_count() == life.store.known_count()
-        for epoch, cluster, cell in life.store.cells():
-            marks = life.store.marks(epoch, cluster)
-            assert restored.marks(epoch, cluster) == marks
-            if life.stream.cell_cap is not None:
-                assert len(marks) == cell.size
+        if life.stream.cell_cap is not None and (switch := life.partition.switch) is not None:
+            regrouping = Regrouping(
+                restored, switch.epoch, switch.bundle, partial(assigned, switch.bundle), switch.input_offset, alone=True
+            )
+            regrouping.finish()
+            life.regrouping(switch.epoch, switch.bundle, switch.input_offset).finish()
+            life.store.refresh()
+            restored.refresh()
+            marks = [life.store.marks(switch.epoch, cluster) for cluster in range(3)]
+            assert [restored.marks(switch.epoch, cluster) for cluster in range(3)] == marks
+            assert sum(map(len, marks)) == life.store.entry_count()
 
 
 # -- promises, one by one ----------------------------------------------------------------------------------------------
@@ -500,7 +564,9 @@ def test_an_abort_takes_back_everything_a_takedown_included(life: Life) -> None:
 
     partition.take_down(1, "a")
     partition.decide(2, "b", 0, 1.0, VECTOR)
-    partition.adopt("bundle-1", "space", 3)
+    partition.abort()
+    partition.adopt("bundle-1", "space", 1)
+    partition.decide(1, "c", 0, 1.0, VECTOR)
     partition.abort()
 
     assert (partition.next_offset, partition.epoch, partition.totals, partition.bundle) == before
@@ -525,6 +591,7 @@ def test_an_evicted_pair_names_itself_and_the_smallest_priorities_stay(tmp_path:
 
 def test_the_present_bundle_adopted_again_begins_no_epoch_and_a_foreign_one_is_refused(life: Life) -> None:
     partition = life.partition
+    partition.skip(7)
 
     assert partition.adopt("bundle-0", "space", 7) == 0
     assert partition.adopt("bundle-1", "space", 7) == 1

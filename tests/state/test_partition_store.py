@@ -105,7 +105,8 @@ class StoreBesideADict(RuleBasedStateMachine):
 
     @rule(size=st.integers(1, 200_000))
     def a_transaction_larger_than_the_map(self, size: int) -> None:
-        self.apply((changelog.switch_key(9), changelog.encode_switch(Switch(9, "x" * size, "s", 0))))
+        position = Position(self.offset, 0, 0, "x" * size, Totals())
+        self.apply((b"P", changelog.encode_position(position)))
 
     @rule()
     def close_and_reopen(self) -> None:

@@ -39,7 +39,7 @@ def test_verdicts_account_for_everything_in_the_cell(ranks: list[int], cap: int)
     inside, verdicts = fill([mark_of(rank, offset) for offset, rank in enumerate(ranks)], cap)
 
     admitted = {offset for offset, verdict in enumerate(verdicts) if verdict.admitted}
-    evicted = {verdict.evicted for verdict in verdicts if verdict.evicted >= 0}
+    evicted = {offset for verdict in verdicts for offset in verdict.evicted}
     assert admitted - evicted == {mark & OFFSET_MASK for mark in inside}
     assert len(inside) == min(cap, len(ranks))
 

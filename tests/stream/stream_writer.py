@@ -14,10 +14,12 @@ from typing import Any, Self
 
 from confluent_kafka import Consumer, Producer
 
+from models.model import PairModel
 from models.null import NullModel
 from state.partition import Partition
 from state.partition_store import PartitionStore
 from state.quota import Ratio
+from state.regroup import Regrouping
 from state.settings import StreamSettings
 from stream.kafka import Connection, create_missing, end_offsets, read_partition, topic_id
 from stream.murmur2 import partitions_of
@@ -86,6 +88,7 @@ class StreamWriter:
             space=self.model.space,
             tokens=self.model.tokens,
         )
+        self.models: dict[str, PairModel] = {self.model.version: self.model}
         self._raw = self.kafka.producer()
         self._codec = Codec("RawPair")
         self._pool = ThreadPoolExecutor(1)
@@ -106,6 +109,7 @@ class StreamWriter:
             joiner=" ",
             kept_bytes_max=RECORD_BYTES_MAX,
             topic=self.name,
+            models=self.models,
         )
         self.stores: list[PartitionStore] = []
         self.live: dict[int, Partition] = {}
@@ -141,10 +145,6 @@ class StreamWriter:
     def run(self, skip: Callable[[Any], bool] = lambda message: False) -> Self:
         """Reduces all that is in the raw topic, a transaction for every `batch` records; `skip` plants a worker that
         passes a message over without a trace."""
-        instance, codec = "writer", Codec("PairCodes")
-        outlet = Outlet(
-            self._transactional, self._consumer, self.topics, self.name, codec, instance, self.partitions
-        )  # fmt: skip
         ends = end_offsets(self.kafka, self.name, range(self.partitions))
         messages = []
         for p in range(self.partitions):
@@ -153,7 +153,25 @@ class StreamWriter:
         for start in range(0, len(messages), self.batch):
             effects = Effects()
             reduce_batch(messages[start : start + self.batch], self.live, self._using, effects)
-            commit(effects, self.live, outlet)
+            commit(effects, self.live, self._outlet)
+        self._wait_for_markers()
+        return self
+
+    @property
+    def _outlet(self) -> Outlet:
+        codec = Codec("PairCodes")
+        return Outlet(self._transactional, self._consumer, self.topics, self.name, codec, "writer", self.partitions)
+
+    def switch(self, model: NullModel) -> Self:
+        """Begins the next epoch in every partition, as a worker does: in a transaction that holds nothing else."""
+        self.models[model.version] = model
+        for partition in self.live.values():
+            tail, until = None, partition.next_offset or 0
+            if self.cap is not None:
+                epoch = partition.epoch + 1
+                tail = Regrouping(partition.store, epoch, model.version, model.assign, until).tail()
+            partition.adopt(model.version, model.space, until, tail)
+        commit(Effects(switched=set(self.live)), self.live, self._outlet)
         self._wait_for_markers()
         return self
 

@@ -205,6 +205,59 @@ def test_a_stream_older_than_its_codes_is_proven_from_a_snapshot_on(
         planted.raise_for_status()
 
 
+def other(seed: int, clusters: int) -> NullModel:
+    return NullModel(tokens=8, codebook_size=50, clusters=clusters, seed=seed)
+
+
+def test_a_capped_stream_with_two_switches_is_verified_and_what_is_planted_after_one_is_found(
+    kafka: Connection, name: str, tmp_path: Path
+) -> None:
+    with StreamWriter(kafka, name, tmp_path, partitions=1, cap=9, ratio="2/3") as writer:
+        writer.feed(f"pair {i}" for i in range(150)).run().switch(other(1, 2))
+        writer.feed(f"pair {i}" for i in range(150, 250)).feed([("pair 155", None)]).run().switch(other(2, 3))
+        writer.feed(f"pair {i}" for i in range(250, 350)).run()
+        sound = verify(writer.source, name, writer.models.get)
+        without = verify(writer.source, name, lambda version: writer.model if version == writer.model.version else None)
+        swapped = verify(writer.source, name, lambda version: writer.model)
+        victim = min(writer.members().items(), key=lambda member: member[1])
+        writer.plant(writer.topics.kept, victim[0], None, cause="1")
+        planted = verify(writer.source, name, writer.models.get)
+
+    assert nothing_but(sound) == [] and sound.not_verified == []
+    assert sound.clusters_checked == 350
+    assert "who leaves after a switch depends on the bundle" in without.not_verified[0]
+    assert without.differences == []
+    assert swapped.cluster_differs > 50 and swapped.fate_differs > 0
+    (missing,) = nothing_but(planted, "missing")
+    assert (missing.id, missing.offset) == victim
+
+
+@pytest.mark.parametrize("cap", [None, 9])
+def test_from_a_snapshot_on_a_switch_is_proven_as_far_as_vectors_are_left(
+    kafka: Connection, name: str, tmp_path: Path, cap: int | None
+) -> None:
+    with StreamWriter(kafka, name, tmp_path, partitions=1, cap=cap, ratio="2/3") as writer:
+        writer.feed(f"pair {i}" for i in range(150)).run().switch(other(1, 2))
+        writer.feed(f"pair {i}" for i in range(150, 200)).run()
+        snapshot(writer.source, tmp_path / "snapshot", manifest_only=True)
+        expire(writer, settled_end(kafka, writer.topics.codes))
+        writer.feed(f"pair {i}" for i in range(200, 250)).run().switch(other(2, 3))
+        writer.feed(f"pair {i}" for i in range(250, 300)).run()
+        since = verify(writer.source, name, writer.models.get, taken=read_state(tmp_path / "snapshot"))
+
+    manifest = json.loads((tmp_path / "snapshot" / "manifest.json").read_text())
+    assert [epoch["bundle"] for epoch in manifest["epochs"]] == [writer.model.version, other(1, 2).version]
+    assert [epoch["begins"] for epoch in manifest["epochs"]] == [{"0": 0}, {"0": 150}]
+    assert sum(epoch["pairs"] for epoch in manifest["epochs"]) == manifest["counts"]["in_set"]
+    assert [epoch["taken"] for epoch in manifest["epochs"]] == [epoch["pairs"] for epoch in manifest["epochs"]]
+    assert manifest["counts"]["taken_down"] == 0
+    if cap is None:
+        assert nothing_but(since) == [] and since.not_verified == []
+    else:  # it says what it cannot know: who left meanwhile was somewhere in between
+        assert since.not_verified == [] or "nothing tells their clusters in between" in since.not_verified[0]
+        assert nothing_but(since) == []
+
+
 def test_from_a_snapshot_it_leaves_with_0_or_5_and_refuses_one_that_was_changed(
     kafka: Connection, name: str, tmp_path: Path
 ) -> None:

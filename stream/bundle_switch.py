@@ -1,0 +1,303 @@
+"""Which bundle each running partition shall have: follows `model-bundles`, loads, prepares beside the stream, and switches.
+
+All of it but the switch itself happens in a thread of its own: a bundle is fetched and loaded while the live one works, and
+the entries of a capped partition are grouped by its clusters while the partition runs. The loop asks at a batch boundary
+which partitions are ready, and commits their switch. A bundle that cannot be had changes nothing: the live one stays.
+
+A partition goes on in the bundle that its changelog says. A worker that cannot load that one takes the partition straight to
+the newest bundle that was announced, or else declines to run it (BundleMissing): never does it count in an older epoch.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+from models.errors import ModelError
+from models.model import PairModel
+from state.errors import StateError, StoreClosed
+from state.partition import Partition
+from state.regroup import Regrouping, sweep
+from stream.bundles import Announced, Announcement
+from stream.errors import TldrError
+from stream.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 1.0
+# A bundle that could not be loaded is tried again after this long.
+TRY_AGAIN_AFTER_S = 10.0
+IDLE_S = 0.2
+
+
+class BundleMissing(Exception):
+    """The bundle that a partition runs with cannot be loaded here now, and no newer one either."""
+
+
+class BundleSwitch:
+    """The bundles of one worker.
+
+    base      the model that it began with; every other one is of its space
+    announced what is announced; None: this worker stays with its base (--bundle)
+    load      the model of an announced bundle. Raises ModelError, TldrError, OSError
+    running   the partitions that run now
+    capped    whether pairs compete in cells, so that entries are to be grouped
+    """
+
+    def __init__(
+        self,
+        base: PairModel,
+        stream: str,
+        announced: Announced | None,
+        load: Callable[[Announcement], PairModel],
+        running: Callable[[], Mapping[int, Partition]],
+        capped: bool,
+        metrics: Metrics,
+        models: dict[str, PairModel],
+        forget: Callable[[set[str]], None] = lambda used: None,
+    ) -> None:
+        """models  version → model, which is kept up to date here and read by whoever reduces.
+
+        forget  is told the versions that are used, so that what is on the disk of others can go
+        """
+        self._forget = forget
+        self.base, self.stream, self.capped, self.metrics = base, stream, capped, metrics
+        self.models = models
+        self.models[base.version] = base
+        self._target = base if announced is None else None
+        self._announced = announced
+        self._load, self._running = load, running
+        self._ready: dict[int, tuple[Partition, str]] = {}  # grouped by this bundle up to the last commit or so
+        self._straight: dict[int, PairModel] = {}  # partitions that begin with a switch
+        self._failed: dict[str, tuple[str, float]] = {}  # version → why it cannot be had, when to try again
+        self._refused: set[str] = set()
+        self._looked_at = -LOOK_EVERY_S
+        self._one_at_a_time = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="bundles", daemon=True)
+
+    def start(self) -> None:
+        """Begins to follow. The announcements that are there already are known afterwards. Raises Unavailable."""
+        if self._announced is not None:
+            self._look()
+            self._thread.start()
+
+    def close(self) -> None:
+        """Ends the thread; what it prepared stays in the stores."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    # -- for the loop --------------------------------------------------------------------------------------------------
+
+    @property
+    def target(self) -> PairModel:
+        """The newest announced bundle that this worker could load; before there is one, what it began with."""
+        return self._target or self.base
+
+    def ready(self, running: Mapping[int, Partition]) -> list[int]:
+        """The running partitions that can be switched to the target now."""
+        target = self.target.version
+        found = []
+        for number, partition in running.items():
+            switch = partition.switch
+            if switch is None or switch.bundle == target:
+                continue
+            if not self.capped or self._ready.get(number) == (partition, target):
+                found.append(number)
+        return found
+
+    def pending(self, running: Mapping[int, Partition]) -> bool:
+        """Whether one of these partitions is still to be switched to the target."""
+        return any(p.switch is not None and p.bundle != self.target.version for p in running.values())
+
+    def adopt(self, partition: Partition) -> bool:
+        """Begins the epoch of the target in a partition whose open transaction is empty; whether that is a switch.
+
+        What was kept since the thread last looked is grouped here, in memory: entries of a commit or two.
+        """
+        target, switch = self.target, partition.switch
+        if switch is None or switch.bundle == target.version:
+            return False
+        until, tail = partition.next_offset or 0, None
+        if self.capped:
+            store, epoch = partition.store, switch.epoch + 1
+            tail = Regrouping(store, epoch, target.version, target.assign, until, alone=True).tail()
+        epoch = partition.adopt(target.version, target.space, until, tail)
+        self._ready.pop(partition.partition, None)
+        log.info("partition %d: epoch %d begins at offset %d, with bundle %s", partition.partition, epoch, until,
+                 target.version[:12])  # fmt: skip
+        return partition.switching
+
+    def begin(self, partition: Partition, next_offset: int) -> None:
+        """The bundle of a restored partition: its own, or where it has none yet the target."""
+        straight = self._straight.pop(partition.partition, None)
+        if partition.switch is None or straight is not None:
+            model = straight or self.target
+            partition.adopt(model.version, model.space, next_offset)
+        elif self._announced is None and partition.bundle != self.base.version:
+            raise TldrError(_another(partition.bundle or "", self.base.version))
+
+    def keep_only_what_is_used(self) -> None:
+        """Forgets the bundles that no partition runs with. Not while one is restoring: its bundle may just be loaded."""
+        if not self._one_at_a_time.acquire(blocking=False):  # one is being fetched: the loop does not wait for that
+            return
+        try:
+            used = {self.base.version, self.target.version, *(p.bundle or "" for p in self._running().values())}
+            for version in self.models.keys() - used:
+                del self.models[version]
+            self._forget(used)
+        finally:
+            self._one_at_a_time.release()
+
+    # -- for the threads that restore ----------------------------------------------------------------------------------
+
+    def make_ready(self, partition: Partition, next_offset: int, cancelled: Callable[[], bool]) -> bool:
+        """Loads what a restored partition runs with, and groups its entries where that is not done; False: cancelled.
+
+        Raises BundleMissing, StateError.
+        """
+        switch = partition.switch
+        if switch is None:
+            return True
+        if self._announced is None:
+            if switch.bundle != self.base.version:
+                raise TldrError(_another(switch.bundle, self.base.version))
+            model, epoch, until = self.base, switch.epoch, switch.input_offset
+        else:
+            with self._one_at_a_time:
+                self._look_now()
+                found = self._model(switch.bundle)
+                if found is None:
+                    self._choose()
+            if found is not None:
+                model, epoch, until = found, switch.epoch, switch.input_offset
+            else:
+                newest = self._newest()
+                if newest is None or self.target.version != newest.version or newest.version == switch.bundle:
+                    why = self._failed.get(switch.bundle, ("it was never announced", 0.0))[0]
+                    raise BundleMissing(f"it runs with bundle {switch.bundle[:12]}, which cannot be loaded here: {why}")
+                model, epoch, until = self.target, switch.epoch + 1, next_offset
+                self._straight[partition.partition] = model
+        if not self.capped or partition.store.grouped(epoch, model.version, until):
+            return True
+        return Regrouping(partition.store, epoch, model.version, model.assign, until, alone=True).finish(cancelled)
+
+    # -- in the thread -------------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while not self._stop.is_set():
+            began = time.monotonic()
+            busy = False
+            try:
+                if began - self._looked_at >= LOOK_EVERY_S:
+                    self._look()
+                busy = self._prepare()
+            except Exception as error:  # a broker or a disk that is away for a while must not end the following
+                log.warning("following the announced bundles: %s; trying on", error)
+                self._looked_at = time.monotonic()
+            # Half of the time at most: the stream comes first.
+            self._stop.wait(max(time.monotonic() - began, 0.001) if busy else IDLE_S)
+
+    def _look(self) -> None:
+        with self._one_at_a_time:
+            self._look_now()
+            self._choose()
+
+    def _look_now(self) -> None:
+        if self._announced is not None:
+            self._announced.look()
+            self._looked_at = time.monotonic()
+
+    def _newest(self) -> Announcement | None:
+        """The last announcement that fits the stream; those that do not are told of once."""
+        fitting = None
+        for announcement in self._announced.by_version.values() if self._announced else ():
+            if announcement.stream not in ("", self.stream):
+                continue
+            if announcement.space == self.base.space:
+                fitting = announcement
+            elif announcement.version not in self._refused:
+                self._refused.add(announcement.version)
+                log.log(
+                    logging.WARNING if announcement.stream else logging.INFO,
+                    "bundle %s has another encoder, codebook or gate, so this stream cannot switch to it: start another "
+                    "--stream on the same raw topic with it, which is then reduced from its beginning",
+                    announcement.version[:12],
+                )  # fmt: skip
+        return fitting
+
+    def _choose(self) -> None:
+        """Makes the newest fitting bundle the target, if it can be loaded."""
+        newest = self._newest()
+        if newest is None:
+            self._target = None
+            return
+        model = self._model(newest.version)
+        self.metrics.bundle_missing.set(model is None)
+        if model is not None and model is not self._target:
+            self._target = model
+            self._ready.clear()
+            self.metrics.bundle.info({"version": model.version})
+
+    def _model(self, version: str) -> PairModel | None:
+        """The model of a bundle; None: it cannot be had now, which is told once."""
+        if version in self.models:
+            return self.models[version]
+        announcement = self._announced.by_version.get(version) if self._announced else None
+        if announcement is None:
+            return None
+        before, again_at = self._failed.get(version, ("", 0.0))
+        if time.monotonic() < again_at:
+            return None
+        try:
+            model = self._load(announcement)
+            if (model.version, model.space) != (version, self.base.space):
+                raise TldrError(f"{announcement.uri} holds bundle {model.version[:12]}: announce it again")
+        except (ModelError, TldrError, OSError) as error:
+            why = " ".join(str(error).split())
+            self._failed[version] = why, time.monotonic() + TRY_AGAIN_AFTER_S
+            if why != before:
+                log.error("bundle %s cannot be loaded, so the live one stays: %s", version[:12], why)
+            return None
+        self._failed.pop(version, None)
+        self.models[version] = model
+        log.info("bundle %s is loaded beside the live one, from %s", version[:12], announcement.uri)
+        return model
+
+    def _prepare(self) -> bool:
+        """A step for each running partition; whether there is more to do."""
+        if not self.capped:
+            return False
+        busy, target = False, self.target
+        for number, partition in self._running().items():
+            try:
+                busy |= self._step(number, partition, target)
+            except StoreClosed:  # it was taken back
+                continue
+            except StateError as error:
+                log.warning("partition %d cannot be prepared for bundle %s: %s", number, target.version[:12], error)
+        return busy
+
+    def _step(self, number: int, partition: Partition, target: PairModel) -> bool:
+        switch, store = partition.switch, partition.store
+        if switch is None or store.room_wanted:
+            return False
+        model = self.models.get(switch.bundle)
+        if model is not None and not store.grouped(switch.epoch, switch.bundle, switch.input_offset):
+            return Regrouping(store, switch.epoch, switch.bundle, model.assign, switch.input_offset).step()
+        if switch.bundle == target.version:
+            return sweep(store)
+        more = Regrouping(store, switch.epoch + 1, target.version, target.assign).step()
+        if not more and self._target is target:
+            self._ready[number] = partition, target.version
+        return more
+
+
+def _another(live: str, given: str) -> str:
+    return (
+        f"the stream runs with bundle {live[:12]} and this worker has {given[:12]}: give it that one with --bundle, leave "
+        "--bundle out so that it follows what is announced, or start another --stream"
+    )

@@ -1,0 +1,95 @@
+"""Switching the bundle of a stream while it runs, on a real broker: equal to the batch reference with the same switches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from models.null import NullModel
+from stream.bundles import Announcement, announce_folder
+from stream.explain import explain
+from stream.kafka import Connection
+from stream.stream_view import StreamSource, read_view
+from stream.topics import StreamTopics
+from stream.verify import models_of, verify
+from tests.end_to_end.outcome import NO_ANOMALY, Raw, create_topic, outcome_of, pairs, processed, send
+from tests.end_to_end.worker_process import null_worker, run_command, until, worker
+
+
+def source_of(kafka: Connection, name: str) -> StreamSource:
+    return StreamSource(kafka, StreamTopics(name))
+
+
+def bundles_of(kafka: Connection, name: str) -> dict[int, list[str]]:
+    """The bundles of each partition's epochs, as committed."""
+    view = read_view(source_of(kafka, name))
+    return {p: [part.switches[epoch].bundle for epoch in sorted(part.switches)] for p, part in view.partitions.items()}
+
+
+def switch(kafka: Connection, name: str, uri: str) -> Announcement:
+    """Announces a bundle to the stream and waits until every partition runs with it."""
+    announced = announce_folder(kafka, uri, name)
+    until(
+        lambda: all(its[-1] == announced.version for its in bundles_of(kafka, name).values()),
+        f"the partitions run with {uri}",
+    )
+    return announced
+
+
+def test_a_stream_with_two_switches_and_one_back_equals_the_batch_reference_with_the_same_switches(
+    kafka: Connection, name: str, tmp_path: Path
+) -> None:
+    # given
+    create_topic(kafka, name)
+    many = pairs(400, pictures=60)
+    arguments = null_worker(kafka, name, tmp_path / "state", "--ratio", "1/2", "--cell-cap", "5", "--instance-id", "w")
+    versions = []
+
+    # when
+    with worker(arguments, tmp_path / "worker.log") as running:
+        for part, uri in enumerate(("", "null:1/3", "null:2/2", "null:1/3")):
+            if uri:
+                versions.append(switch(kafka, name, uri).version)
+            send(kafka, name, [*many[part * 100 : part * 100 + 100], Raw(f"pair-{part * 100 + 7}", value=None)])
+            until(lambda: processed(kafka, name), f"part {part} is processed")
+        announce_folder(kafka, "null:1/3", name)  # again: nothing happens
+        send(kafka, name, pairs(100, prefix="late"))
+        until(lambda: processed(kafka, name), "all is processed")
+        running.drain()
+
+    # then
+    outcome = outcome_of(kafka, name)
+    assert outcome.anomalies() == NO_ANOMALY
+    assert bundles_of(kafka, name) == {p: [NullModel().version, *versions] for p in (0, 1)}
+    assert versions[0] == versions[2]
+    # not one cell is over its cap: 3 clusters, 2 partitions
+    assert len(outcome.reduced_set) <= 30
+    found = verify(source_of(kafka, name), name, models_of(source_of(kafka, name), null=True))
+    assert (found.differences, found.not_verified) == ([], [])
+    assert found.clusters_checked > 400
+
+    last = max((row for row in outcome.rows if row.removed), key=lambda row: row.offset)
+    gone = explain(source_of(kafka, name), last.removed[0])
+    assert not gone.in_the_set
+    assert f"bundle {versions[2][:12]}" in gone.verdict
+
+
+def test_without_a_cap_a_switch_evicts_nobody_and_a_command_lists_who_runs_with_what(
+    kafka: Connection, name: str, tmp_path: Path
+) -> None:
+    create_topic(kafka, name)
+    with worker(null_worker(kafka, name, tmp_path / "state", "--ratio", "1/2"), tmp_path / "worker.log") as running:
+        send(kafka, name, pairs(200))
+        until(lambda: processed(kafka, name), "the first part is processed")
+        before = set(outcome_of(kafka, name).reduced_set)
+        announced = switch(kafka, name, "null:5/2")
+        send(kafka, name, pairs(200, prefix="later"))
+        until(lambda: processed(kafka, name), "the second part is processed")
+        running.drain()
+
+    outcome = outcome_of(kafka, name)
+    status, listed = run_command("bundle", "list", "--topic", name, "--bootstrap-servers", kafka.bootstrap_servers)
+    assert before <= set(outcome.reduced_set)
+    assert outcome.anomalies() == NO_ANOMALY
+    assert status == 0 and f"{announced.version[:12]}" in listed and "partitions 0, 1" in listed
+    found = verify(source_of(kafka, name), name, models_of(source_of(kafka, name), null=True))
+    assert (found.differences, found.not_verified) == ([], [])

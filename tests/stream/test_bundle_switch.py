@@ -1,0 +1,216 @@
+"""Which bundle a partition gets: announcements on a real topic, real stores, and what happens when one cannot be loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models.errors import BundleError
+from models.model import PairModel
+from models.null import NullModel
+from state.partition import Partition
+from state.partition_store import PartitionStore
+from state.quota import Ratio
+from state.settings import StreamSettings
+from stream.bundle_switch import BundleMissing, BundleSwitch
+from stream.bundles import Announced, Announcement, announce, announce_folder
+from stream.errors import TldrError
+from stream.kafka import Connection
+from stream.metrics import Metrics
+from tests.end_to_end.worker_process import until
+
+BASE = NullModel()
+STREAM = StreamSettings(1, "topic-id", 1, Ratio(1, 1), 2, None, None, "none", BASE.space, BASE.tokens)
+
+
+class Worker:
+    """What a worker has of it: partitions that run, and a bundle switch that follows the stream `name`."""
+
+    def __init__(self, kafka: Connection, name: str, folder: Path, *, capped: bool = True) -> None:
+        self.kafka, self.name, self.folder = kafka, name, folder
+        self.settings = replace(STREAM, cell_cap=2 if capped else None)
+        self.running: dict[int, Partition] = {}
+        self.metrics, self.models, self.missing = Metrics(), dict[str, PairModel](), set[str]()
+        self.loads: list[str] = []
+        self.switch = BundleSwitch(
+            BASE, name, Announced(kafka), self.load, lambda: self.running, capped, self.metrics, self.models
+        )
+        self.changelog = 0
+
+    def load(self, announcement: Announcement) -> PairModel:
+        self.loads.append(announcement.uri)
+        if announcement.uri in self.missing:
+            raise BundleError(f"{announcement.uri} is cut off")
+        return NullModel.at(announcement.uri)
+
+    def open(self, number: int) -> Partition:
+        return Partition(PartitionStore(self.folder / str(number), map_bytes=1 << 24), self.settings, number)
+
+    def run(self, number: int) -> Partition:
+        """What a restore ends with."""
+        partition = self.open(number)
+        try:
+            self.switch.make_ready(partition, partition.next_offset or 0, lambda: False)
+        except BaseException:
+            partition.store.close()
+            raise
+        self.switch.begin(partition, partition.next_offset or 0)
+        self.running[number] = partition
+        return partition
+
+    def close(self, number: int) -> None:
+        self.running.pop(number).store.close()
+
+    def feed(self, number: int, count: int) -> None:
+        partition = self.running[number]
+        first = partition.next_offset or 0
+        model = self.models[partition.bundle or ""]
+        for offset in range(first, first + count):
+            vector = np.full((1, BASE.tokens), offset, np.uint16)
+            partition.decide(offset, f"id-{offset}", int(model.assign(vector)[0]), 1.0, vector[0])
+        self.commit(number)
+
+    def commit(self, number: int) -> None:
+        partition = self.running[number]
+        self.changelog += len(partition.changes("w", 0))
+        partition.commit(self.changelog)
+
+    def until_ready(self, *numbers: int) -> None:
+        until(lambda: self.switch.ready(self.running) == list(numbers), f"{numbers} are ready", 20)
+
+    def switch_over(self, *numbers: int) -> None:
+        self.until_ready(*numbers)
+        for number in numbers:
+            assert self.switch.adopt(self.running[number])
+            self.commit(number)
+
+
+@pytest.fixture
+def worker(kafka: Connection, name: str, tmp_path: Path) -> Iterator[Worker]:
+    made = Worker(kafka, name, tmp_path)
+    made.switch.start()
+    yield made
+    made.switch.close()
+    for partition in made.running.values():
+        partition.store.close()
+
+
+def test_a_running_partition_goes_from_bundle_to_bundle_back_again_and_twice_the_same_is_nothing(
+    worker: Worker,
+) -> None:
+    worker.run(0)
+    worker.feed(0, 20)
+    bundles = []
+    for uri in ("null:1/2", "null:2/3", "null:1/2"):
+        announced = announce_folder(worker.kafka, uri, worker.name)
+        worker.switch_over(0)
+        worker.feed(0, 10)
+        bundles.append(announced.version)
+    announce_folder(worker.kafka, "null:1/2", worker.name)
+    worker.switch._look()
+
+    assert worker.switch.ready(worker.running) == []
+    assert [switch.bundle for switch in worker.running[0].store.switches()] == [BASE.version, *bundles]
+    assert [switch.input_offset for switch in worker.running[0].store.switches()] == [0, 20, 30, 40]
+
+
+def test_a_bundle_that_cannot_be_loaded_changes_nothing_but_a_metric_until_it_can(worker: Worker) -> None:
+    worker.run(0)
+    worker.feed(0, 5)
+    worker.missing.add("null:1/2")
+    announced = announce_folder(worker.kafka, "null:1/2", worker.name)
+    missing = worker.metrics.registry.get_sample_value
+
+    until(lambda: missing("tldr_bundle_missing") == 1, "the metric tells it", 20)
+    assert worker.switch.ready(worker.running) == []
+    worker.feed(0, 5)
+    worker.missing.clear()
+    worker.switch._failed.clear()  # it is tried again after ten seconds
+    worker.switch_over(0)
+
+    assert worker.running[0].bundle == announced.version
+    assert missing("tldr_bundle_missing") == 0
+
+
+def test_a_partition_that_comes_with_a_bundle_that_cannot_be_had_is_not_run_in_an_older_epoch(worker: Worker) -> None:
+    worker.run(0)
+    worker.feed(0, 5)
+    announce_folder(worker.kafka, "null:1/2", worker.name)
+    worker.switch_over(0)
+    worker.close(0)
+    late = Worker(worker.kafka, worker.name, worker.folder)  # another process, which cannot load it
+    late.missing.add("null:1/2")
+    late.switch.start()
+    try:
+        with pytest.raises(BundleMissing, match="cannot be loaded here: null:1/2 is cut off"):
+            late.run(0)
+        newest = announce_folder(worker.kafka, "null:3/4", worker.name)
+        partition = late.run(0)  # a newer one that it can load: straight into the next epoch
+        assert (partition.epoch, partition.bundle) == (2, newest.version)
+        late.feed(0, 5)
+    finally:
+        late.switch.close()
+        for partition in late.running.values():
+            partition.store.close()
+
+
+def test_bundles_of_another_space_or_for_another_stream_are_passed_over_and_refused_where_they_are_announced(
+    worker: Worker,
+) -> None:
+    worker.run(0)
+    worker.feed(0, 5)
+    other = NullModel(tokens=7)
+    announce(worker.kafka, "null:9", other.version, other.space, worker.name)
+    announce_folder(worker.kafka, "null:4/4", f"{worker.name}-other")
+    worker.switch._look()
+
+    assert worker.switch.target is BASE
+    assert worker.switch.ready(worker.running) == []
+    assert worker.loads == []
+
+
+def test_a_restore_across_three_switches_on_an_empty_disk_needs_the_last_bundle_only(
+    worker: Worker, tmp_path: Path
+) -> None:
+    worker.run(0)
+    records = []
+    for uri in ("", "null:1/2", "null:2/3", "null:3/1"):
+        if uri:
+            announce_folder(worker.kafka, uri, worker.name)
+            worker.switch_over(0)
+        worker.feed(0, 6)
+    records = list(worker.running[0].store.items())
+    late = Worker(worker.kafka, worker.name, tmp_path / "elsewhere")
+    late.missing |= {"null:1/2", "null:2/3"}
+    with PartitionStore(tmp_path / "elsewhere" / "0") as empty:
+        empty.apply(records, len(records))
+
+    late.switch.start()
+    try:
+        late.run(0)
+        for one in (worker, late):
+            one.feed(0, 20)
+        assert sorted(late.running[0].store.items()) == sorted(worker.running[0].store.items())
+    finally:
+        late.switch.close()
+        late.running[0].store.close()
+
+
+def test_a_worker_with_a_bundle_of_its_own_follows_nothing_and_refuses_a_partition_of_another(
+    worker: Worker,
+) -> None:
+    worker.run(0)
+    worker.feed(0, 5)
+    announce_folder(worker.kafka, "null:1/2", worker.name)
+    worker.switch_over(0)
+    worker.close(0)
+    pinned = BundleSwitch(BASE, worker.name, None, worker.load, dict, True, worker.metrics, {})
+    partition = worker.open(0)
+
+    with pytest.raises(TldrError, match="leave --bundle out"):
+        pinned.make_ready(partition, 5, lambda: False)
+    partition.store.close()
