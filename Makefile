@@ -58,7 +58,7 @@ bench: setup .build/quix-venv/ready .build/kafka-streams/ready ## the engine aga
 
 .build/quix-venv/ready: # it pins an older confluent-kafka than ours
 	$(PYTHON) -m venv .build/quix-venv
-	.build/quix-venv/bin/pip install --quiet 'quixstreams==3.28.1' 'fastavro==1.13.1'
+	.build/quix-venv/bin/pip install --quiet 'quixstreams==3.28.1' 'fastavro==1.13.1' numpy
 	@touch $@
 
 .build/kafka-streams/ready: benchmarks/kafka_streams/pom.xml benchmarks/kafka_streams/ReducePairs.java
