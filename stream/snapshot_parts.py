@@ -119,6 +119,7 @@ def _epochs(parts: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
             # As one process does it: an epoch is named after the lowest partition that has it.
             lowest = min(same, key=lambda epoch: min(map(int, epoch["begins"])))
             begins = _union(epoch["begins"] for epoch in same)
-            yield {**lowest, "pairs": sum(epoch["pairs"] for epoch in same), "begins": begins}
+            sums = {name: sum(epoch[name] for epoch in same) for name in ("pairs", "taken")}
+            yield {**lowest, **sums, "begins": begins}
 
     return list(merged())
