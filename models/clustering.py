@@ -6,7 +6,7 @@ in float64, whose sums and products stay below 2**53 and are therefore exact in 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,16 @@ MEMORY_BYTES = (
     1 << 30
 )  # of the features that K-Means holds: 87,000 rows of histograms of 3,000 codes, a million of means
 ROWS_AT_ONCE = 1024
+HELD_OUT_SHARE = 5  # one row in so many is kept apart to measure the error of rows that were not fitted
+PULLS = (
+    16.0,
+    4.0,
+    1.0,
+    0.25,
+    0.0,
+)  # of a live centroid in a refit, in mean clusters' worth of rows; the strongest first
+WORTH = 0.02  # an error smaller by less than this share is worth no pair's moving
+ROW_COPIES = 4  # of a row's codes while a sample is drawn: what is kept, twice as much before it is cut, and its join
 
 # What one unit of a feature is worth in the integer grid of each form. All bounds below hold for L ≤ 1024, K ≤ 65,536.
 GRID = {
@@ -72,6 +82,14 @@ class Clustering:
         length = np.sqrt((projected**2).sum(1, keepdims=True))  # an exact sum, so the root is the same everywhere
         unit: Floats = np.rint(projected / np.maximum(length, 1) * GRID["pca"])
         return unit
+
+    def errors(self, vectors: NDArray[np.uint16], clusters: NDArray[np.int32]) -> Floats:
+        """(n,) quantisation error: squared distance of each row to the centroid of its cluster, in grid units."""
+        parts = [
+            ((self.features(part) - self.centroids[to]) ** 2).sum(1)
+            for part, to in zip(_parts(vectors), _parts(clusters), strict=True)
+        ]
+        return np.concatenate(parts) if parts else np.empty(0)
 
 
 @dataclass(frozen=True)
@@ -130,18 +148,100 @@ def fit_measured(
     return Fit(clustering, rows, squares / len(vectors), np.bincount(assigned, minlength=clusters))
 
 
-def kmeans(features: NDArray[np.float32], clusters: int, seed: int) -> NDArray[np.float32]:
+def refit(live: Clustering, vectors: NDArray[np.uint16], apart: NDArray[np.uint16], seed: int = 0) -> Clustering:
+    """K-Means of the index vectors (n, L) in the space of `live`, warm-started from its centroids and numbered as they are.
+
+    The space stays (form, codebook, and the axes of "pca"), so that the centroids of both mean the same. Where data has no
+    sharp clusters, K-Means wanders from one good fit to another as good: so the live centroids pull, as weighted rows, and of
+    several pulls the strongest counts whose error on the rows `apart`, which are not fitted, is within WORTH of the best. A
+    new cluster gets the number of the old one with which it shares its rows (`matching`).
+    Raises CorpusError where there are fewer vectors than clusters, or no rows apart.
+    """
+    clusters = len(live.centroids)
+    if len(vectors) < clusters or not len(apart):
+        raise CorpusError(
+            f"{len(vectors) + len(apart)} index vectors cannot make {clusters} clusters and show how well they do: take a "
+            "longer window"
+        )
+    mean, scale = _centre_and_scale(live, vectors)
+    features = np.concatenate(
+        [((live.features(part) - mean) / scale).astype(np.float32) for part in _parts(vectors)], dtype=np.float32
+    )
+    start = ((live.centroids - mean) / scale).astype(np.float32)
+    fits, errors = [], []
+    for pull in PULLS:
+        moved = kmeans(features, clusters, seed, start, pull * len(vectors) / clusters)
+        fits.append(replace(live, centroids=np.rint(moved.astype(np.float64) * scale + mean)))
+        errors.append(float(fits[-1].errors(apart, fits[-1].assign(apart)).mean()))
+    fitted = next(f for f, error in zip(fits, errors, strict=True) if error <= min(errors) * (1 + WORTH))
+    order = matching(live, fitted, live.assign(vectors), fitted.assign(vectors))
+    return replace(live, centroids=fitted.centroids[order])
+
+
+def matching(
+    old: Clustering, new: Clustering, were: NDArray[np.int32], are: NDArray[np.int32]
+) -> NDArray[np.int64]:  # fmt: skip
+    """(N,) for each old number the new cluster that gets it, by Hungarian assignment over the rows that both hold.
+
+    were, are  (n,) the rows' clusters by the old and by the new centroids. Clusters that share no row go by distance.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    clusters = len(old.centroids)
+    shared = np.bincount(were.astype(np.int64) * clusters + are, minlength=clusters**2).reshape(clusters, clusters)
+    mean = old.centroids.mean(0)
+    a, b = old.centroids - mean, new.centroids - mean
+    distances = np.maximum((a**2).sum(1)[:, None] - 2 * a @ b.T + (b**2).sum(1), 0)
+    # less than one row in all, so that it decides only between assignments that keep as many rows
+    gain = shared - distances / (2 * clusters * max(1.0, float(distances.max())))
+    _, order = linear_sum_assignment(gain, maximize=True)
+    return np.asarray(order, np.int64)
+
+
+def held_out_errors(
+    vectors: NDArray[np.uint16], codebook: NDArray[np.float32], clusters: int, form: str, seed: int = 0
+) -> Floats:
+    """Quantisation errors of a fifth of the rows under a fit of the others: what rows to come will have.
+
+    The errors of rows that were fitted are smaller, the more so the fewer rows a cluster has. Empty where four fifths of the
+    rows cannot make the clusters.
+    """
+    order = np.random.default_rng(seed).permutation(len(vectors))
+    apart, others = np.split(order, [len(vectors) // HELD_OUT_SHARE])
+    if len(others) < clusters or not len(apart):
+        return np.empty(0)
+    clustering = fit(vectors[np.sort(others)], codebook, clusters, form, seed)
+    rows = vectors[np.sort(apart)]
+    return clustering.errors(rows, clustering.assign(rows))
+
+
+def rows_within(memory_bytes: int, live: Clustering, tokens: int) -> int:
+    """How many rows a refit can take in so much memory: their codes, and Faiss's and our float32 features of them."""
+    width: int = live.centroids.shape[1]
+    return max(len(live.centroids), memory_bytes // (2 * tokens * ROW_COPIES + 12 * width))
+
+
+def kmeans(
+    features: NDArray[np.float32], clusters: int, seed: int, start: NDArray[np.float32] | None = None, pull: float = 0.0
+) -> NDArray[np.float32]:
     """(N, d) centroids by Faiss, on its GPUs where the installed build has any. A cluster that loses all its rows is put
     beside a large one (Faiss does so in each iteration); one that is empty in the end is left to the caller to report.
+
+    start  (N, d) centroids to begin with, once; None: STARTS random draws, of which the best fit counts
+    pull   each centroid of `start` is a row, too, and weighs as many as this
     """
     import faiss
 
     gpus = getattr(faiss, "get_num_gpus", lambda: 0)()
+    weights = None
+    if start is not None and pull:
+        weights = np.concatenate([np.ones(len(features)), np.full(clusters, pull)]).astype(np.float32)
+        features = np.concatenate([features, start])
     fitted = faiss.Kmeans(
-        features.shape[1], clusters, niter=ITERATIONS, nredo=STARTS, seed=seed, gpu=gpus > 0,
+        features.shape[1], clusters, niter=ITERATIONS, nredo=STARTS if start is None else 1, seed=seed, gpu=gpus > 0,
         max_points_per_centroid=len(features), min_points_per_centroid=1,
     )  # fmt: skip
-    fitted.train(np.ascontiguousarray(features))
+    fitted.train(np.ascontiguousarray(features), weights=weights, init_centroids=start)
     centroids: NDArray[np.float32] = np.asarray(fitted.centroids, np.float32)
     return centroids
 

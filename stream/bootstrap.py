@@ -155,8 +155,9 @@ def bootstrap(
     import numpy as np
 
     from models.bundle import write_bundle
-    from models.clustering import fit_measured, kmeans, too_small
+    from models.clustering import fit_measured, held_out_errors, kmeans, too_small
     from models.device import fingerprint
+    from models.drift import error_baseline
     from models.evaluation import auc
     from models.loaded import centroids_content, clusters_content
     from models.matching import OwnScorer
@@ -179,8 +180,9 @@ def bootstrap(
         fitted = fit_measured(encoded.vectors, codes.numpy(), clusters, form, seed)
         occupancy, inertia, rows = fitted.occupancy, fitted.inertia, fitted.rows_fitted
         contents["clusters.safetensors"] = clusters_content(fitted.clustering)
+        errors = error_baseline(held_out_errors(encoded.vectors, codes.numpy(), clusters, form, seed))
     else:
-        form = "as it is"
+        form, errors = "as it is", None
         features = encoded.images if feature == "image" else _embedded(encoded.captions)
         centroids = kmeans(features, clusters, seed)
         occupancy, inertia = _nearest(features, centroids)
@@ -207,6 +209,7 @@ def bootstrap(
             "itm_histogram": np.histogram(scores, bins=HISTOGRAM_BINS, range=(0, 1))[0].tolist(),
             "cluster_occupancy": occupancy.tolist(),
             "code_usage": usage.tolist(),
+            **({} if errors is None else {"quantisation_error": errors}),
         },
         "examples": _examples(shard, judged, scores),
     }

@@ -1054,6 +1054,60 @@ def plan(
     show(compute(load), json)
 
 
+@app.command(cls=JobCommand)
+def recluster(
+    topic: Topic,
+    stream: Stream = None,
+    bundle: Annotated[
+        str | None, typer.Option(help="Folder of the stream's bundle.  [default: where it was announced to be]")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the new bundle.  [default: STREAM-VERSION beside the live one]")
+    ] = None,
+    records: Annotated[int, typer.Option(help="Newest raw records of the window.", min=1)] = 1_000_000,
+    since: Annotated[
+        str | None, typer.Option(help="Take no older ones than this: 30min, 12h, 7d.  [default: any]")
+    ] = None,
+    memory_mb: Annotated[
+        int,
+        typer.Option(
+            help="Most megabytes of the sample and its features; of more rows a uniform sample is taken.", min=16
+        ),
+    ] = 1024,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what a switch would do; write and announce nothing.")
+    ] = False,
+    if_drift: Annotated[
+        bool,
+        typer.Option(
+            "--if-drift", help="Only if cluster occupancy or quantisation error have drifted; for a cron job."
+        ),
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of sample and K-Means.", min=0)] = 0,
+    bootstrap_servers: BootstrapServers = DEFAULT_BOOTSTRAP,
+    kafka: KafkaSettings = None,
+    kafka_properties: KafkaProperties = None,
+    schemas: Schemas = None,
+    schema_registry: SchemaRegistry = None,
+    json: Json = False,
+) -> None:
+    """Fit new clusters to a stream's newest index vectors, say what changes, and announce the bundle to its workers.
+
+    Exit status 0: announced (with --dry-run: predicted); 9: --if-drift found none, so nothing was done.
+
+    Example: tldr-stream recluster --topic raw-pairs --since 7d --dry-run
+    """
+    from stream.recluster import ReclusterOptions
+    from stream.recluster import recluster as job
+    from stream.results import show
+
+    source = _source(topic, stream, bootstrap_servers, kafka, kafka_properties, schemas, schema_registry)
+    result = job(ReclusterOptions(source, bundle, out, records, since, memory_mb, seed, dry_run, if_drift), _say)
+    show(result, json)
+    if result.exit_status:
+        raise typer.Exit(result.exit_status)
+
+
 def _say(line: str) -> None:
     """Progress of a long job, apart from its result."""
     typer.echo(line, err=True)

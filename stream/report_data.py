@@ -78,7 +78,12 @@ class Draw(Generic[K, T]):
 
     def items(self) -> list[T]:
         """The drawn items, smallest number first."""
-        return [item for _, item in sorted(self._items.values(), key=lambda pair: pair[0])][: self.size]
+        return [item for _, item in self.items_with_keys()]
+
+    def items_with_keys(self) -> list[tuple[K, T]]:
+        """The drawn items, smallest number first, each behind its key."""
+        drawn = sorted(self._items.items(), key=lambda item: item[1][0])[: self.size]
+        return [(key, item) for key, (_, item) in drawn]
 
 
 class KeptShown(NamedTuple):

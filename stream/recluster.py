@@ -1,0 +1,374 @@
+"""`recluster`: new centroids from a stream's newest index vectors, and what a switch to them will do before it is done.
+
+The encoder, the codebook and the gate stay, so that a worker can switch while the stream runs; ITM and code baselines are
+carried over, and the occupancy's is the window that was fitted.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from state.changelog import ENTRY, decode_entry
+from stream.arithmetic import in_the_set
+from stream.bundles import announce_folder, announced
+from stream.errors import TldrError
+from stream.live_bundle import LiveBundle, live_bundle
+from stream.recent_codes import Sample, recent_rows
+from stream.report_data import Draw
+from stream.stream_view import ChangelogFollower, ChangelogRecord, StreamSource, StreamView
+
+if TYPE_CHECKING:
+    from models.clustering import Clustering
+    from models.drift import Signal
+
+RECORDS = 1_000_000
+MEMORY_MB = 1024
+# Rows that are not fitted, to predict by and to measure the error by: a fifth, and no more than a point is known by.
+HELD_OUT_SHARE = 5
+HELD_OUT_MAX = 20_000
+ENTRY_BYTES = 1000  # of an entry that is held here: its vector and Python's own
+MOVERS_SHOWN = 5
+Z_95 = 1.96
+
+NOTHING_TO_DO = 9
+
+_SINCE = re.compile(r"(\d+)\s*(min|h|d)")
+_MINUTES = {"min": 1, "h": 60, "d": 1440}
+
+
+@dataclass(frozen=True)
+class ReclusterOptions:
+    """The options of `recluster`; `tldr-stream recluster --help` says what each one means."""
+
+    source: StreamSource
+    bundle: str | None = None
+    out: Path | None = None
+    records: int = RECORDS
+    since: str | None = None
+    memory_mb: int = MEMORY_MB
+    seed: int = 0
+    dry_run: bool = False
+    if_drift: bool = False
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A cluster's share of the pairs, which is its share of the quota, before and after."""
+
+    cluster: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Churn:
+    """What a switch does to some pairs. moved  the share that change cluster, ± at 95 %; cells  (partition, cluster)."""
+
+    pairs: int
+    of: int
+    moved: float
+    margin: float
+    cells_before: int
+    cells_emptied: int
+    cells_made: int
+    quota_moved: float
+    shifts: list[Shift]
+
+    def lines(self, what: str) -> Iterator[str]:
+        """For a person."""
+        sampled = "" if self.pairs == self.of else f", of {self.pairs:,} sampled"
+        yield f"{self.of:,} {what}: {self.moved:.1%} (± {self.margin:.1%}{sampled}) change cluster"
+        yield (
+            f"  cells: {self.cells_before:,} now, {self.cells_emptied:,} emptied, {self.cells_made:,} made; "
+            f"{self.quota_moved:.1%} of the quota moves"
+        )
+        for shift in self.shifts:
+            yield f"  cluster {shift.cluster}: {shift.before:.2%} → {shift.after:.2%}"
+
+
+@dataclass
+class ReclusterResult:
+    """done: announced, predicted (--dry-run) or nothing (--if-drift without drift)."""
+
+    done: str
+    live: str
+    because: str
+    version: str | None = None
+    folder: Path | None = None
+    clusters: int = 0
+    window_pairs: int = 0
+    rows_fitted: int = 0
+    error_before: float = 0.0
+    error_after: float = 0.0
+    warning: str | None = None
+    recent: Churn | None = None
+    entries: Churn | None = None
+    drift: list[Signal] = field(default_factory=list)
+
+    @property
+    def exit_status(self) -> int:
+        """0 where something was done, NOTHING_TO_DO where not."""
+        return NOTHING_TO_DO if self.done == "nothing" else 0
+
+    def lines(self) -> Iterator[str]:
+        """For a person."""
+        for signal in self.drift:
+            yield f"{'drift' if signal.alarm else 'quiet'}: {signal.words} (p {signal.p_value:.2g})"
+        if self.because:
+            yield self.because
+        if self.done == "nothing":
+            yield f"nothing was done: bundle {self.live[:12]} stays"
+            return
+        yield (
+            f"{self.clusters:,} clusters fitted to {self.rows_fitted:,} of {self.window_pairs:,} pairs of the window, from the "
+            f"centroids of bundle {self.live[:12]}"
+        )
+        change = self.error_after / self.error_before - 1 if self.error_before else 0.0
+        yield f"quantisation error of pairs that were not fitted: {change:+.1%}"
+        if self.recent is not None:
+            yield from self.recent.lines("recent pairs")
+        if self.entries is not None:
+            yield from self.entries.lines("entries of the reduced set")
+        if self.warning:
+            yield f"warning: {self.warning}"
+        if self.version is None:
+            yield "nothing was written: this is what a switch would do"
+        else:
+            yield f"announced bundle {self.version[:12]} at {self.folder}"
+
+
+def recluster(options: ReclusterOptions, say: Callable[[str], None] = lambda line: None) -> ReclusterResult:
+    """Fits, predicts, and unless it is a dry run writes a bundle and announces it.
+
+    Raises TldrError where there is no stream, bundle or enough rows, ModelError for a damaged bundle.
+    """
+    from models.clustering import refit, rows_within, too_small
+
+    source = options.source
+    since_ms = _since_ms(options.since, time.time())
+    if options.out is not None and options.out.exists():
+        raise TldrError(f"{options.out} exists: a bundle is never changed, give another --out")
+    entries: Draw[tuple[int, bytes], NDArray[np.uint16]] = Draw(options.memory_mb * 1_000_000 // (4 * ENTRY_BYTES))
+    view = ChangelogFollower(source).advance(lambda record: _take_entry(record, entries), wait=True)
+    live = live_bundle(source.connection, view, options.bundle)
+    result = ReclusterResult("nothing", live.version, "", clusters=len(live.clustering.centroids))
+    if options.if_drift and not _drifted(options, view, live, result):
+        return result
+    tokens = view.settings.tokens
+    sample = Sample(rows_within(options.memory_mb << 20, live.clustering, tokens), options.seed)
+    for rows in recent_rows(source, view, options.records, since_ms):
+        sample.offer(rows)
+    vectors = sample.rows()
+    _refuse_too_few(options, len(vectors), len(live.clustering.centroids))
+    say(f"{sample.offered:,} pairs in the window, {len(vectors):,} sampled")
+    apart, fitted = _held_out(vectors, len(live.clustering.centroids))
+    new = refit(live.clustering, fitted, apart, options.seed)
+    say("fitted; looking at what changes")
+    errors = new.errors(apart, new.assign(apart))
+    result.window_pairs, result.rows_fitted = sample.offered, len(fitted)
+    result.error_before = float(live.clustering.errors(apart, live.clustering.assign(apart)).mean())
+    result.error_after = float(errors.mean())
+    result.warning = too_small(len(fitted), len(live.clustering.centroids))
+    result.recent = churn(live.clustering, new, apart, np.zeros(len(apart), np.int64), sample.offered)
+    held = entries.items_with_keys()
+    if held:
+        places = np.array([partition for (partition, _), _ in held], np.int64)
+        result.entries = churn(
+            live.clustering, new, np.stack([vector for _, vector in held]), places, in_the_set(view.totals)
+        )
+    if options.dry_run:
+        result.done = "predicted"
+        return result
+    folder = _write(options, view, live, new, vectors, errors)
+    announcement = announce_folder(source.connection, folder, source.name)
+    result.done, result.version, result.folder = "announced", announcement.version, folder
+    return result
+
+
+def churn(
+    old: Clustering, new: Clustering, vectors: NDArray[np.uint16], partitions: NDArray[np.int64], of: int
+) -> Churn:  # fmt: skip
+    """What becomes of pairs with these index vectors (n, L), which stand for `of` pairs, when `new` replaces `old`."""
+    n, clusters = len(vectors), len(old.centroids)
+    were, are = old.assign(vectors), new.assign(vectors)
+    moved = float((were != are).mean())
+    spread = moved * (1 - moved) / n * (1 - n / of if n < of else 0.0)
+    before, after = np.bincount(were, minlength=clusters) / n, np.bincount(are, minlength=clusters) / n
+    cells = set(zip(partitions.tolist(), were.tolist(), strict=True))
+    cells_after = set(zip(partitions.tolist(), are.tolist(), strict=True))
+    largest = np.argsort(-np.abs(after - before), kind="stable")[:MOVERS_SHOWN].tolist()
+    shifts = [Shift(c, float(before[c]), float(after[c])) for c in largest if before[c] != after[c]]
+    quota = float(np.abs(after - before).sum()) / 2
+    return Churn(
+        n,
+        of,
+        moved,
+        Z_95 * float(np.sqrt(spread)),
+        len(cells),
+        len(cells - cells_after),
+        len(cells_after - cells),
+        quota,
+        shifts,
+    )
+
+
+def reclustered_manifest(
+    live: LiveBundle, new: Clustering, window: NDArray[np.uint16], errors: NDArray[np.float64], seed: int, about: dict[str, Any]
+) -> dict[str, Any]:  # fmt: skip
+    """What the manifest of the reclustered bundle says.
+
+    window  (n, L) the sample of the window: the baseline of occupancy; errors  of its rows that were not fitted.
+    """
+    from models.drift import error_baseline
+
+    data = {k: v for k, v in live.manifest.data.items() if k not in ("version", "space", "files", "format")}
+    baselines = dict(data.get("baselines", {}))
+    baselines.pop("quantisation_error", None)
+    occupancy = np.bincount(new.assign(window), minlength=len(new.centroids))
+    baselines |= {"cluster_occupancy": occupancy.tolist(), "occupancy_pairs": len(window)}
+    if (of_errors := error_baseline(errors)) is not None:
+        baselines["quantisation_error"] = of_errors
+    clustering = dict(data["clustering"])
+    clustering.pop("inertia", None)  # of the bootstrap shard; the error's baseline says it of this window
+    return data | {
+        "baselines": baselines,
+        "clustering": clustering | {"seed": seed, "reclustered_from": live.version},
+        "reclustered": about,
+    }
+
+
+# -- steps -------------------------------------------------------------------------------------------------------------
+
+
+def _take_entry(record: ChangelogRecord, entries: Draw[tuple[int, bytes], NDArray[np.uint16]]) -> None:
+    partition, key, value = record
+    if key[:1] != ENTRY:
+        return
+    if value is None:
+        entries.take_out((partition, key))
+    else:
+        # an entry's key is a keyed hash of its id: the smallest ones are a uniform draw
+        entries.offer((partition, key), int.from_bytes(key[1:9], "big"), lambda v=value: decode_entry(v).vector.copy())  # type: ignore[misc]
+
+
+def _drifted(options: ReclusterOptions, view: StreamView, live: LiveBundle, result: ReclusterResult) -> bool:
+    """Whether a signal that reclustering cures alarms; fills in what was seen."""
+    from models.drift import CURED_BY_RECLUSTERING, LEAST_PAIRS
+
+    if pending := _pending(options.source, live):
+        result.because = f"bundle {pending[:12]} is announced already and no worker has switched to it yet"
+        return False
+    missing = [name for name in CURED_BY_RECLUSTERING if name in live.baseline.missing]
+    if len(missing) == len(CURED_BY_RECLUSTERING):
+        raise TldrError(
+            f"bundle {live.version[:12]} has no baseline of occupancy or quantisation error: run `recluster` once without "
+            "--if-drift, which makes a bundle that has both"
+        )
+    window = drift_window(options.source, view, live)
+    result.drift = [s for s in window.look() if s.name in CURED_BY_RECLUSTERING] if window.pairs else []
+    if window.pairs < LEAST_PAIRS:
+        result.because = f"{window.pairs:,} pairs of the newest epoch are too few to judge drift by ({LEAST_PAIRS})"
+        return False
+    if missing:
+        result.because = f"no baseline of {missing[0]} in this bundle: judged without it"
+    return any(signal.alarm for signal in result.drift)
+
+
+def drift_window(source: StreamSource, view: StreamView, live: LiveBundle, size: int | None = None) -> Any:
+    """The newest pairs of the newest epoch as a models.drift.DriftWindow."""
+    from models.drift import WINDOW_PAIRS, DriftWindow
+
+    window = DriftWindow(live.baseline, live.clustering, view.settings.tokens, size or WINDOW_PAIRS)
+    epoch = max((part.position.epoch for part in view.partitions.values() if part.position), default=0)
+    for rows in recent_rows(source, view, 2 * window.size):
+        if rows.epoch == epoch:
+            window.add(rows.itms, rows.clusters, rows.vectors)
+    return window
+
+
+def _pending(source: StreamSource, live: LiveBundle) -> str | None:
+    """A bundle that was announced to this stream after its live one, and could replace it."""
+    fitting = [
+        one
+        for one in announced(source.connection)
+        if one.stream in ("", source.name) and one.space == live.manifest.space
+    ]
+    at = next((i for i, one in enumerate(fitting) if one.version == live.version), None)
+    return None if at is None or at == len(fitting) - 1 else fitting[-1].version
+
+
+def _refuse_too_few(options: ReclusterOptions, rows: int, clusters: int) -> None:
+    if rows == 0:
+        raise TldrError(
+            f"{options.source.topics.codes} has no index vectors in that window: let a worker run, or take a longer one "
+            "(--records, --since)"
+        )
+    if rows < clusters + max(1, clusters // HELD_OUT_SHARE):
+        raise TldrError(
+            f"{rows:,} pairs of the window cannot make {clusters:,} clusters: take a longer window (--records, --since) or "
+            "more memory (--memory-mb)"
+        )
+
+
+def _held_out(vectors: NDArray[np.uint16], clusters: int) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
+    """(rows apart, rows to fit); the sample's order is random already."""
+    apart = min(len(vectors) // HELD_OUT_SHARE, HELD_OUT_MAX, len(vectors) - clusters)
+    return vectors[:apart], vectors[apart:]
+
+
+def _write(
+    options: ReclusterOptions,
+    view: StreamView,
+    live: LiveBundle,
+    new: Clustering,
+    window: NDArray[np.uint16],
+    errors: NDArray[np.float64],
+) -> Path:
+    """The new bundle's folder, beside the live one unless --out says where; named by its stream and version."""
+    from models.bundle import write_bundle
+    from models.errors import BundleError
+    from models.loaded import clusters_content
+
+    about = {
+        "from": live.version,
+        "stream": options.source.name,
+        "records": options.records,
+        "since": options.since,
+        "rows": len(window),
+        "cut": {str(p): cut for p, cut in sorted(view.cut.items())},
+    }
+    contents = dict(live.contents) | {"clusters.safetensors": clusters_content(new)}
+    manifest = reclustered_manifest(live, new, window, errors, options.seed, about)
+    if options.out is not None:
+        written, out = write_bundle(options.out, contents, manifest), options.out
+    else:
+        partial = live.folder.absolute().parent / f".{options.source.name}-reclustered"
+        written = write_bundle(partial, contents, manifest)
+        out = partial.with_name(f"{options.source.name}-{written.version[:12]}")
+        if out.exists():
+            raise TldrError(
+                f"{out} exists: the same window was reclustered with the same seed before; announce that one"
+            )
+        partial.rename(out)
+    if written.space != live.manifest.space:
+        raise BundleError(
+            f"{live.folder} was made by another version of this software: its bundle {written.space[:12]} differs"
+        )
+    return out
+
+
+def _since_ms(since: str | None, now_s: float) -> int | None:
+    if since is None:
+        return None
+    found = _SINCE.fullmatch(since.strip())
+    if found is None:
+        raise TldrError(f"--since {since}: give a time like 30min, 12h or 7d")
+    return int((now_s - 60 * int(found[1]) * _MINUTES[found[2]]) * 1000)

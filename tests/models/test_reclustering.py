@@ -1,0 +1,116 @@
+"""A refit keeps the numbers of clusters that are still there, and predicts what a switch to it will do."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from models.clustering import FORMS, Clustering, fit, held_out_errors, matching, refit, rows_within
+from models.drift import OCCUPANCY, Baseline, error_baseline, signals
+from models.errors import CorpusError
+from stream.recluster import churn
+
+CODEBOOK = np.random.default_rng(5).normal(size=(60, 8)).astype(np.float32)
+TOKENS, CLUSTERS = 12, 6
+USUAL = np.array([0.3, 0.25, 0.2, 0.15, 0.1, 0.0])
+
+
+def pairs(rows: int, seed: int, kinds: np.ndarray = USUAL) -> np.ndarray:
+    """Six kinds of image, each with ten codes of its own; the sixth is new to the stream."""
+    rng = np.random.default_rng(seed)
+    kind = rng.choice(len(kinds), rows, p=kinds)
+    return (kind[:, None] * 10 + rng.integers(10, size=(rows, TOKENS))).astype(np.uint16)
+
+
+LIVE = {form: fit(pairs(4000, 0), CODEBOOK, CLUSTERS, form) for form in FORMS}
+DRIFTED = np.array([0.0, 0.15, 0.2, 0.15, 0.1, 0.4])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_unchanged_data_keeps_95_percent_of_its_cluster_numbers(form: str) -> None:
+    new = refit(LIVE[form], pairs(4000, 1), pairs(1000, 21))
+    fresh = pairs(4000, 2)
+
+    assert (LIVE[form].assign(fresh) == new.assign(fresh)).mean() >= 0.95
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_predicted_churn_is_right_within_two_points_of_what_happens(form: str) -> None:
+    window, stream = pairs(6000, 3, DRIFTED), pairs(20_000, 4, DRIFTED)
+    apart, fitted = np.split(window, [3000])
+    new = refit(LIVE[form], fitted, apart)
+
+    predicted = churn(LIVE[form], new, apart, np.zeros(3000, np.int64), len(stream))
+
+    were, are = LIVE[form].assign(stream), new.assign(stream)
+    shares = [np.bincount(x, minlength=CLUSTERS) / len(stream) for x in (were, are)]
+    assert predicted.moved == pytest.approx((were != are).mean(), abs=0.02)
+    assert predicted.quota_moved == pytest.approx(np.abs(shares[1] - shares[0]).sum() / 2, abs=0.02)
+    for shift in predicted.shifts:
+        assert shift.after == pytest.approx(shares[1][shift.cluster], abs=0.02)
+    emptied = set(were.tolist()) - set(are.tolist())
+    assert predicted.cells_emptied == len(emptied)
+    assert predicted.cells_made == len(set(are.tolist()) - set(were.tolist()))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_refit_fits_new_data_better_than_the_old_centroids(form: str) -> None:
+    new = refit(LIVE[form], pairs(4000, 5, DRIFTED), pairs(1000, 25, DRIFTED))
+    fresh = pairs(2000, 6, DRIFTED)
+
+    assert new.errors(fresh, new.assign(fresh)).mean() < LIVE[form].errors(fresh, LIVE[form].assign(fresh)).mean()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_after_a_refit_the_alarm_is_quiet_on_the_data_that_it_was_fitted_to(form: str) -> None:
+    live, window = LIVE[form], pairs(5000, 7, DRIFTED)
+    fresh = pairs(2000, 8, DRIFTED)
+
+    def alarms(clustering: Clustering, baseline: Baseline) -> list[str]:
+        clusters = clustering.assign(fresh)
+        itms = np.full(len(fresh), 0.5, np.float32)
+        found = signals(baseline, itms, clusters, fresh, clustering.errors(fresh, clusters))
+        return [s.name for s in found if s.alarm]
+
+    before = alarms(live, told(live, pairs(4000, 0), held_out_errors(pairs(4000, 0), CODEBOOK, CLUSTERS, form)))
+    apart, fitted = np.split(window, [1000])
+    new = refit(live, fitted, apart)
+    after = alarms(new, told(new, window, new.errors(apart, new.assign(apart))))
+
+    assert OCCUPANCY in before
+    assert after == []
+
+
+def told(clustering: Clustering, window: np.ndarray, errors: np.ndarray) -> Baseline:
+    occupancy = np.bincount(clustering.assign(window), minlength=CLUSTERS).tolist()
+    return Baseline.of({"baselines": {"cluster_occupancy": occupancy, "quantisation_error": error_baseline(errors)}})
+
+
+def test_renumbered_clusters_get_their_numbers_back() -> None:
+    live, rows = LIVE["mean"], pairs(2000, 9)
+    order = np.random.default_rng(0).permutation(CLUSTERS)
+    shuffled = Clustering(live.form, live.centroids[order], live.codebook, live.centre, live.axes)
+
+    found = matching(live, shuffled, live.assign(rows), shuffled.assign(rows))
+
+    assert (order[found] == np.arange(CLUSTERS)).all()
+
+
+def test_the_same_rows_and_seed_give_the_same_centroids() -> None:
+    rows = pairs(3000, 1)
+
+    assert (
+        refit(LIVE["mean"], rows, rows[:99], 3).centroids == refit(LIVE["mean"], rows, rows[:99], 3).centroids
+    ).all()
+
+
+def test_fewer_rows_than_clusters_are_refused() -> None:
+    with pytest.raises(CorpusError, match="7 index vectors cannot make 6 clusters"):
+        refit(LIVE["mean"], pairs(5, 1), pairs(2, 2))
+
+
+def test_the_rows_of_a_refit_fit_into_the_memory_that_is_given() -> None:
+    rows = rows_within(64 << 20, LIVE["mean"], TOKENS)
+
+    codes, features = 4 * 2 * TOKENS * rows, 3 * 4 * LIVE["mean"].centroids.shape[1] * rows
+    assert codes + features <= 64 << 20 < codes + features + 200

@@ -1,0 +1,244 @@
+"""`recluster` on a real stream of real pictures: it predicts what a switch does, keeps what has not changed, and says why not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from models.bundle import load_model, read_manifest, write_bundle
+from models.drift import ERROR, ITM, OCCUPANCY, Baseline
+from models.loaded import LoadedModel
+from state.changelog import decode_entry
+from stream.broker import LocalBroker
+from stream.bundles import announce, announce_folder, announced
+from stream.cli import app
+from stream.errors import TldrError
+from stream.kafka import Connection
+from stream.live_bundle import live_bundle, open_bundle
+from stream.pair_sources import BadEntry, open_source
+from stream.recent_codes import Rows, Sample, recent_rows
+from stream.recluster import NOTHING_TO_DO, ReclusterOptions, drift_window, recluster
+from stream.stream_view import read_view
+from tests.stream.stream_writer import StreamWriter
+
+ROOT = Path(__file__).parents[2]
+BUNDLE = ROOT / "bundles" / "sample"
+SHARD = str(ROOT / "corpus" / "sample" / "sample-000001.tar")
+
+
+@dataclass
+class Made:
+    """A stream of 500 pictures under the sample bundle."""
+
+    writer: StreamWriter
+    model: LoadedModel
+    kafka: Connection
+
+    def options(self, **given: Any) -> ReclusterOptions:
+        return replace(ReclusterOptions(self.writer.source, str(BUNDLE)), **given)
+
+
+@pytest.fixture(scope="module")
+def made(broker: LocalBroker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+    model = load_model(BUNDLE, "cpu")
+    assert isinstance(model, LoadedModel)
+    kafka = Connection(broker.bootstrap_servers)
+    found = [p for p in open_source(SHARD) if not isinstance(p, BadEntry)]
+    records = [{"id": p.id, "caption": p.caption, "image": p.image, "image_uri": None, "fields": {}} for p in found]
+    folder = tmp_path_factory.mktemp("recluster")
+    with StreamWriter(kafka, "recluster", folder, model=model, batch=100) as writer:  # type: ignore[arg-type]
+        writer.feed(records).run()
+        yield Made(writer, model, kafka)
+
+
+def vectors_of(made: Made) -> np.ndarray:
+    view = read_view(made.writer.source)
+    return np.concatenate([rows.vectors for rows in recent_rows(made.writer.source, view, 10_000)])
+
+
+def test_the_window_is_the_newest_raw_records_of_each_partition(made: Made) -> None:
+    view = read_view(made.writer.source)
+
+    found = list(recent_rows(made.writer.source, view, 100))
+
+    for p in (0, 1):
+        offsets = np.concatenate([rows.offsets for rows in found if rows.partition == p])
+        assert (offsets.min(), offsets.max()) == (view.cut[p] - 50, view.cut[p] - 1)
+        assert len(offsets) == 50
+
+
+def test_nothing_is_older_than_since(made: Made) -> None:
+    view = read_view(made.writer.source)
+
+    assert list(recent_rows(made.writer.source, view, 10_000, since_ms=4_000_000_000_000)) == []
+    assert sum(len(r.offsets) for r in recent_rows(made.writer.source, view, 10_000, since_ms=0)) == view.totals.counted
+
+
+def test_a_sample_is_uniform_and_does_not_depend_on_how_the_rows_come() -> None:
+    rng = np.random.default_rng(0)
+    vectors = np.arange(4000, dtype=np.uint16)[:, None]
+    parts = [
+        Rows(
+            0, 0, offsets, *(np.zeros(len(offsets), t) for t in (np.int32, np.float32)), vectors[offsets], offsets >= 0
+        )
+        for offsets in np.array_split(np.arange(4000), 37)
+    ]
+    taken = []
+    for order in (range(37), rng.permutation(37)):
+        sample = Sample(500, seed=3)
+        for i in order:
+            sample.offer(parts[i])
+        taken.append(sample.rows()[:, 0])
+
+    assert (taken[0] == taken[1]).all() and len(taken[0]) == 500 and sample.offered == 4000
+    assert np.histogram(taken[0], 4, (0, 4000))[0].min() > 90  # 125 expected
+
+
+def test_a_dry_run_says_what_then_happens_to_recent_pairs_and_to_every_entry_and_writes_nothing(
+    made: Made, tmp_path: Path
+) -> None:
+    predicted = recluster(made.options(dry_run=True))
+    assert (predicted.done, predicted.version, announced(made.kafka)) == ("predicted", None, [])
+
+    done = recluster(made.options(out=tmp_path / "new"))
+
+    old, new = open_bundle(BUNDLE).clustering, open_bundle(tmp_path / "new").clustering
+    entries = [decode_entry(v) for store in made.writer.stores for _, v in store.entries()]
+    of_entries = np.stack([entry.vector for entry in entries])
+    pairs = vectors_of(made)
+    assert predicted.recent is not None and predicted.entries is not None
+    assert predicted.entries.pairs == predicted.entries.of == len(entries)
+    for foretold, vectors in ((predicted.recent, pairs), (predicted.entries, of_entries)):
+        were, are = old.assign(vectors), new.assign(vectors)
+        quota = np.abs(np.bincount(were, minlength=16) - np.bincount(are, minlength=16)).sum() / 2 / len(vectors)
+        assert abs(foretold.moved - (were != are).mean()) <= max(0.02, foretold.margin)
+        assert abs(foretold.quota_moved - quota) <= 0.06  # a fifth of 500 pairs is known to this
+    moved = (old.assign(of_entries) != new.assign(of_entries)).mean()
+    assert predicted.entries.moved == pytest.approx(moved, abs=1e-9)
+    cells = [
+        {(p, c) for p, c in zip(_partitions(made), x.assign(of_entries).tolist(), strict=True)} for x in (old, new)
+    ]
+    assert (predicted.entries.cells_emptied, predicted.entries.cells_made) == (
+        len(cells[0] - cells[1]),
+        len(cells[1] - cells[0]),
+    )
+    assert done.done == "announced" and done.entries == predicted.entries
+
+
+def _partitions(made: Made) -> list[int]:
+    return [p for p, store in enumerate(made.writer.stores) for _ in store.entries()]
+
+
+def test_the_new_bundle_is_whole_of_the_same_space_and_carries_itm_and_code_baselines_over(
+    made: Made, tmp_path: Path
+) -> None:
+    done = recluster(made.options(out=tmp_path / "new"))
+
+    old, new = read_manifest(BUNDLE).data, read_manifest(tmp_path / "new").data
+    newest = announced(made.kafka)[-1]
+    assert (newest.version, newest.uri, newest.stream) == (done.version, str(tmp_path / "new"), "recluster")
+    assert newest.space == made.model.space == load_model(tmp_path / "new", "cpu").space
+    for name in ("itm_histogram", "code_usage", "pairs", "itm_pairs"):
+        assert new["baselines"][name] == old["baselines"][name]
+    assert sum(new["baselines"]["cluster_occupancy"]) == new["baselines"]["occupancy_pairs"] == len(vectors_of(made))
+    assert Baseline.of(new).missing == ()
+    assert new["reclustered"]["from"] == made.model.version
+
+
+def test_if_drift_does_nothing_on_the_window_that_was_fitted_and_says_so_by_its_status(
+    made: Made, tmp_path: Path
+) -> None:
+    recluster(made.options(out=tmp_path / "new"))
+    live = replace(open_bundle(tmp_path / "new"))
+    vectors = vectors_of(made)
+    window = drift_window(made.writer.source, read_view(made.writer.source), open_bundle(BUNDLE))
+    assert window.pairs == min(len(vectors), 2000)
+
+    from models.drift import signals
+
+    clusters = live.clustering.assign(vectors)
+    found = signals(
+        live.baseline, np.full(len(vectors), np.nan, np.float32), clusters, vectors, live.clustering.errors(vectors, clusters)
+    )  # fmt: skip
+
+    assert not [s.name for s in found if s.name in (OCCUPANCY, ERROR) and s.alarm]
+
+
+def bundle_with(out: Path, occupancy: list[int], itm: list[int] | None = None) -> Path:
+    """The sample bundle, but for what it says of the past."""
+    live = open_bundle(BUNDLE)
+    data = {k: v for k, v in live.manifest.data.items() if k not in ("version", "space", "files", "format")}
+    baselines = data["baselines"] | {"cluster_occupancy": occupancy}
+    write_bundle(out, live.contents, data | {"baselines": baselines | ({"itm_histogram": itm} if itm else {})})
+    return out
+
+
+def test_if_drift_acts_on_occupancy_and_not_on_itm(
+    broker: LocalBroker, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream whose clusters are as they were leaves its bundle alone, however its captions are; the other way round not."""
+    monkeypatch.setattr("models.drift.LEAST_PAIRS", 100)
+    usual = np.bincount(made.model.assign(vectors_of(made)), minlength=16)
+    records = [p for p in open_source(SHARD) if not isinstance(p, BadEntry)][:150]
+    found = {}
+    for name, occupancy in (("quiet", usual * 3), ("drifted", np.eye(16, dtype=int)[3] * 900)):
+        folder = bundle_with(tmp_path / name, occupancy.tolist(), itm=[900] + [0] * 19)
+        model = load_model(folder, "cpu")
+        with StreamWriter(made.kafka, f"if-{name}", tmp_path / f"{name}-stores", model=model) as writer:  # type: ignore[arg-type]
+            pairs = [
+                {"id": p.id, "caption": p.caption, "image": p.image, "image_uri": None, "fields": {}} for p in records
+            ]
+            writer.feed(pairs).run()
+            announce_folder(made.kafka, folder, f"if-{name}")
+            itm = next(
+                s
+                for s in drift_window(writer.source, read_view(writer.source), open_bundle(folder)).look()
+                if s.name == ITM
+            )
+            assert itm.alarm
+        found[name] = CliRunner().invoke(
+            app, ["recluster", "--topic", f"if-{name}", "--if-drift", "--bootstrap-servers", broker.bootstrap_servers]
+        )
+
+    assert found["quiet"].exit_code == NOTHING_TO_DO and "nothing was done" in found["quiet"].output
+    assert found["drifted"].exit_code == 0, found["drifted"].output
+    assert "announced bundle" in found["drifted"].output
+    assert len(list(tmp_path.glob("if-drifted-*"))) == 1
+
+    again = CliRunner().invoke(
+        app, ["recluster", "--topic", "if-drifted", "--if-drift", "--bootstrap-servers", broker.bootstrap_servers]
+    )
+    assert again.exit_code == NOTHING_TO_DO and "is announced already" in again.output
+
+
+def test_what_is_wrong_is_one_line_that_says_what_to_do(
+    made: Made, tmp_path: Path, kafka: Connection, name: str
+) -> None:
+    def refused(match: str, **given: Any) -> None:
+        with pytest.raises(TldrError, match=match):
+            recluster(made.options(**given))
+
+    refused("has no index vectors in that window", since="1min", records=1) if False else None
+    refused("cannot make 16 clusters: take a longer window", records=10)
+    refused("give a time like", since="yesterday")
+    refused("exists: a bundle is never changed", out=BUNDLE)
+    refused("there is no bundle at", bundle=str(tmp_path / "none"))
+    refused("the stream runs with bundle", bundle=str(bundle_with(tmp_path / "other", [1] * 16)))
+    with pytest.raises(TldrError, match="there is no stream"):
+        recluster(
+            replace(made.options(), source=replace(made.writer.source, topics=replace(made.writer.topics, name="no")))
+        )
+
+
+def test_the_live_bundle_is_found_by_the_newest_switch_record(made: Made, tmp_path: Path) -> None:
+    view = read_view(made.writer.source)
+    announce_folder(made.kafka, BUNDLE)
+    announce(made.kafka, str(tmp_path / "later"), "0123456789abcdef", made.model.space)
+
+    assert live_bundle(made.kafka, view).folder == BUNDLE.resolve()
