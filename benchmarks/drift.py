@@ -1,4 +1,4 @@
-"""`make drift`: false alarms, delay, churn and what reclustering is worth, on the corpora of `make corpus`; writes docs/drift.md.
+"""`make drift`: false alarms, delays, churn and what reclustering is worth, on the corpora; writes docs/drift.md.
 
 Everything is made of the product's own functions: the sample bundle's encoder and matching head, models/drift.py,
 models/clustering.py and the batch reference. A unit is one measurement with its seeds and is written as soon as it is done;
@@ -8,7 +8,9 @@ a run stops before its minutes are over: type the command again until nothing is
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import os
 import sys
 import tarfile
 import time
@@ -25,8 +27,20 @@ set_thread_environment()
 import numpy as np  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
-from models.bundle import load_model  # noqa: E402
+from models.bundle import load_model, read_manifest  # noqa: E402
+from models.clustering import FORMS, Clustering, fit, held_out_errors, refit  # noqa: E402
+from models.drift import (  # noqa: E402
+    LOOKS_A_WINDOW,
+    SIGNALS,
+    WINDOW_PAIRS,
+    Baseline,
+    DriftWindow,
+    error_baseline,
+)
 from models.errors import BadImage  # noqa: E402
+from models.loaded import LoadedModel  # noqa: E402
+from stream.batch_tldr import Row, reduce_partition  # noqa: E402
+from stream.recluster import churn  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / ".build" / "drift"
@@ -46,39 +60,358 @@ class Corpus:
     about: list[dict[str, Any]]
 
 
-def encoded(prefix: str) -> Corpus:
-    """All pairs of `corpus/full/PREFIX-*.tar` whose image decodes, encoded by the sample bundle; cached by shard."""
-    parts = [_shard(tar) for tar in sorted(CORPUS.glob(f"{prefix}-*.tar"))]
-    if not parts:
+def encoded(prefix: str, pieces_max: int | None = None) -> Corpus:
+    """All pairs of `corpus/full/PREFIX-*.tar` whose image decodes, encoded by the sample bundle; cached piece by piece."""
+    tars = sorted(CORPUS.glob(f"{prefix}-*.tar"))
+    if not tars:
         raise SystemExit(f"{CORPUS} has no {prefix}-*.tar: run `make corpus` first")
-    vectors = np.concatenate([p[0] for p in parts])
-    about = [one for p in parts for one in p[1]]
-    return Corpus(vectors, [str(one["caption"]) for one in about], about)
+    space = read_manifest(BUNDLE).space[:12]
+    parts: list[tuple[NDArray[np.uint16], list[dict[str, Any]]]] = []
+    fresh = 0
+    for tar in tars:
+        keys = _keys(tar)
+        for start in range(0, len(keys), PIECE_PAIRS):
+            file = WORK / f"{tar.stem}-{start}-{space}.npz"
+            if not file.exists():
+                if pieces_max is not None and fresh >= pieces_max:
+                    continue
+                fresh += 1
+                _encode(tar, keys[start : start + PIECE_PAIRS], file)
+            with np.load(file) as stored:
+                parts.append((stored["vectors"], [json.loads(text) for text in stored["about"].tolist()]))
+    about = [one for _, its in parts for one in its]
+    return Corpus(np.concatenate([v for v, _ in parts]), [str(one["caption"]) for one in about], about)
 
 
-def _shard(tar: Path) -> tuple[NDArray[np.uint16], list[dict[str, Any]]]:
-    model = None
-    file = WORK / f"{tar.stem}-{json.loads((BUNDLE / 'manifest.json').read_text())['space'][:12]}.npz"
-    if not file.exists():
-        model = load_model(BUNDLE, "cpu")
-        pixels, about = [], []
-        with tarfile.open(tar) as members:
-            found: dict[str, dict[str, bytes]] = {}
-            for member in members:
-                key, _, extension = member.name.partition(".")
-                if content := members.extractfile(member):
-                    found.setdefault(key, {})[extension] = content.read()
-        for pair in found.values():
-            image = next(v for k, v in pair.items() if k not in ("txt", "json"))
-            try:
-                pixels.append(model.decode(image))
-            except BadImage:
-                continue
-            about.append(json.loads(pair["json"]))
-        WORK.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial.npz")
-        np.savez(partial, vectors=model.encode(pixels), about=np.array([json.dumps(a) for a in about]))
-        partial.rename(file)
-        print(f"{tar.name}: {len(about)} pairs encoded", file=sys.stderr, flush=True)
-    with np.load(file) as stored:
-        return stored["vectors"], [json.loads(text) for text in stored["about"].tolist()]
+def _keys(tar: Path) -> list[str]:
+    with tarfile.open(tar) as members:
+        return sorted({member.name.partition(".")[0] for member in members})
+
+
+def _encode(tar: Path, keys: list[str], file: Path) -> None:
+    model, pixels, about = _model(), [], []
+    with tarfile.open(tar) as members:
+        found: dict[str, dict[str, bytes]] = {key: {} for key in keys}
+        for member in members:
+            key, _, extension = member.name.partition(".")
+            if key in found and (content := members.extractfile(member)):
+                found[key][extension] = content.read()
+    for pair in found.values():
+        image = next(v for k, v in pair.items() if k not in ("txt", "json"))
+        try:
+            pixels.append(model.decode(image))
+        except BadImage:
+            continue
+        about.append(json.loads(pair["json"]))
+    WORK.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{os.getpid()}.partial.npz")
+    np.savez(partial, vectors=model.encode(pixels), about=np.array([json.dumps(a) for a in about]))
+    partial.rename(file)
+    print(f"{file.stem}: {len(about)} pairs encoded", file=sys.stderr, flush=True)
+
+
+@functools.cache
+def _model() -> LoadedModel:
+    model = load_model(BUNDLE, "cpu")
+    if not isinstance(model, LoadedModel):
+        raise SystemExit(f"{BUNDLE} is no bundle")
+    return model
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of a stream: index vectors, ITM scores, and the near-duplicate family of each."""
+
+    vectors: NDArray[np.uint16]
+    itms: NDArray[np.float32]
+    families: NDArray[np.str_]
+
+    def at(self, rows: NDArray[Any]) -> Pairs:
+        """Some of them."""
+        return Pairs(self.vectors[rows], self.itms[rows], self.families[rows])
+
+    def and_(self, other: Pairs) -> Pairs:
+        """These, then those."""
+        return Pairs(
+            np.concatenate([self.vectors, other.vectors]),
+            np.concatenate([self.itms, other.itms]),
+            np.concatenate([self.families, other.families]),
+        )
+
+
+class Material:
+    """The corpora as the sample bundle sees them; loaded once, when first needed."""
+
+    def __init__(self) -> None:
+        self.model = model = _model()
+        self.clustering: Clustering = model._clustering
+        self.codebook = (self.clustering.codebook / 256.0).astype(np.float32)
+        noisy, clean = encoded("noisy"), encoded("clean")
+        self.noisy, self.clean = self._pairs(noisy, noisy.captions), self._pairs(clean, clean.captions)
+        order = np.random.default_rng(0).permutation(len(noisy.captions))
+        self.shuffled = self._pairs(noisy, [noisy.captions[i] for i in order])
+        half = np.random.default_rng(1).random(len(noisy.captions)) < 0.5
+        shop = [SHOP.format(about.get("title") or about["caption"]) for about in noisy.about]
+        tags = [", ".join(about.get("keywords") or [about["caption"]]) for about in noisy.about]
+        own = noisy.captions
+        self.shop = self._pairs(noisy, [s if h else c for s, c, h in zip(shop, own, half, strict=True)])
+        self.tags = self._pairs(noisy, [t if h else c for t, c, h in zip(tags, own, half, strict=True)])
+
+    def _pairs(self, corpus: Corpus, captions: list[str]) -> Pairs:
+        families = np.array([f"{one['source']}/{one['family']}" for one in corpus.about])
+        parts = [
+            self.model.match(corpus.vectors[i : i + 1000], captions[i : i + 1000])
+            for i in range(0, len(captions), 1000)
+        ]
+        return Pairs(corpus.vectors, np.concatenate(parts), families)
+
+    def bundle_of(self, pairs: Pairs, clusters: int, form: str, seed: int) -> tuple[Clustering, Baseline]:
+        """Clusters and baselines as `bootstrap` makes them of these pairs."""
+        clustering = fit(pairs.vectors, self.codebook, clusters, form, seed)
+        return clustering, self.baseline_of(
+            clustering, pairs, held_out_errors(pairs.vectors, self.codebook, clusters, form, seed)
+        )
+
+    def baseline_of(self, clustering: Clustering, pairs: Pairs, errors: NDArray[np.float64]) -> Baseline:
+        """What a manifest would say of these pairs."""
+        told = {
+            "pairs": len(pairs.itms),
+            "itm_histogram": np.histogram(pairs.itms, 20, (0, 1))[0].tolist(),
+            "cluster_occupancy": np.bincount(
+                clustering.assign(pairs.vectors), minlength=len(clustering.centroids)
+            ).tolist(),
+            "code_usage": np.bincount(pairs.vectors.ravel(), minlength=len(self.codebook)).tolist(),
+            "quantisation_error": error_baseline(errors),
+        }
+        return Baseline.of({"baselines": told})
+
+
+SHOP = "{} - free download, royalty free vector clip art, buy online"
+PIECE_PAIRS = 500
+CLUSTERS = 16  # as the sample bundle has
+UNDRIFTED_PAIRS = 20_000  # of a stream in which false alarms are counted
+ONSET, AFTER = 3000, 6000  # pairs before and after a drift begins
+DRIFTS = {
+    "captions shuffled": "every caption is another pair's",
+    "new kind of image, all": "all pairs are tuxpaint's instead of openclipart's",
+    "new kind of image, 30 %": "three of ten pairs are tuxpaint's",
+    "half in shop style": f"half of the captions read `{SHOP.format('TITLE')}`",
+    "half as tags": "half of the captions are the picture's tags with commas",
+}
+ALARM_SEEDS, DELAY_SEEDS, CHURN_SEEDS, HELP_SEEDS = range(20), range(10), range(3), range(10)
+
+
+# -- measurements ------------------------------------------------------------------------------------------------------
+
+
+def false_alarms(material: Material, seed: int) -> dict[str, Any]:
+    """A bundle of one half of openclipart, a stream of the other: looks and alarms by signal, and the largest effects."""
+    rng = np.random.default_rng(seed)
+    past, now = np.array_split(rng.permutation(len(material.noisy.itms)), 2)
+    clustering, baseline = material.bundle_of(material.noisy.at(past), CLUSTERS, "mean", seed)
+    stream = material.noisy.at(rng.choice(now, UNDRIFTED_PAIRS))
+    looks = _looks(clustering, baseline, stream)
+    found: dict[str, Any] = {"looks": len(looks), "alarms": {}, "largest": {}}
+    for name in SIGNALS:
+        seen = [signal for _, look in looks for signal in look if signal.name == name]
+        found["alarms"][name] = sum(signal.alarm for signal in seen)
+        found["largest"][name] = max(abs(signal.effect) for signal in seen)
+    return found
+
+
+def delay(material: Material, kind: str, seed: int) -> dict[str, Any]:
+    """Pairs from the beginning of a drift to each signal's first alarm (None: not within AFTER pairs)."""
+    rng = np.random.default_rng(100 + seed)
+    past, now = np.array_split(rng.permutation(len(material.noisy.itms)), 2)
+    clustering, baseline = material.bundle_of(material.noisy.at(past), CLUSTERS, "mean", seed)
+    drifted = {
+        "captions shuffled": material.shuffled,
+        "half in shop style": material.shop,
+        "half as tags": material.tags,
+    }
+    rows = rng.choice(now, AFTER)
+    after = drifted.get(kind, material.noisy).at(rows)
+    if kind.startswith("new kind"):
+        new = material.clean.at(rng.integers(len(material.clean.itms), size=AFTER))
+        taken = rng.random(AFTER) < (1.0 if kind.endswith("all") else 0.3)
+        both = after.and_(new)
+        after = both.at(np.where(taken, AFTER + np.arange(AFTER), np.arange(AFTER)))
+    stream = material.noisy.at(rng.choice(now, ONSET)).and_(after)
+    looks = _looks(clustering, baseline, stream)
+    first: dict[str, int | None] = {}
+    early = 0
+    for name in SIGNALS:
+        alarmed = [at for at, look in looks for signal in look if signal.name == name and signal.alarm]
+        early += sum(at <= ONSET for at in alarmed)
+        first[name] = next((at - ONSET for at in alarmed if at > ONSET), None)
+    course = (
+        {n: [round(s.effect, 4) for _, look in looks for s in look if s.name == n] for n in SIGNALS} if not seed else {}
+    )
+    return {
+        "kind": kind,
+        "delay": first,
+        "early": early,
+        "at": [at for at, _ in looks] if not seed else [],
+        "course": course,
+    }
+
+
+def as_shipped(material: Material) -> dict[str, Any]:
+    """The sample bundle's own baselines, of 605 pairs in whole families, against the corpus that they were drawn from."""
+    baseline = Baseline.of(read_manifest(BUNDLE).data)
+    order = np.random.default_rng(7).permutation(len(material.noisy.itms))[:WINDOW_PAIRS]
+    (_, look), *_ = _looks(material.clustering, baseline, material.noisy.at(order))[-1:]
+    return {"missing": list(baseline.missing), "signals": {s.name: [s.effect, s.p_value, s.alarm] for s in look}}
+
+
+def churn_of(material: Material, form: str, clusters: int, seed: int) -> dict[str, Any]:
+    """A refit on unchanged data, and one on drifted data: numbers kept, and the churn foretold against what happens."""
+    rng = np.random.default_rng(200 + seed)
+    past, window, fresh = np.array_split(rng.permutation(len(material.noisy.itms)), 3)
+    live = fit(material.noisy.vectors[past], material.codebook, clusters, form, seed)
+    found: dict[str, Any] = {"form": form, "clusters": clusters}
+    new_kind = rng.permutation(len(material.clean.itms))
+    for name in ("unchanged", "drifted"):
+        vectors, later = material.noisy.vectors[window], material.noisy.vectors[fresh]
+        if name == "drifted":
+            a, b = np.array_split(new_kind, 2)
+            vectors = np.concatenate([vectors[: len(a)], material.clean.vectors[a]])
+            later = np.concatenate([later[: len(b)], material.clean.vectors[b]])
+            vectors, later = rng.permutation(vectors), rng.permutation(later)
+        apart, fitted = np.split(vectors, [len(vectors) // 5])
+        new = refit(live, fitted, apart, seed)
+        told = churn(live, new, apart, np.zeros(len(apart), np.int64), len(later))
+        happened = churn(live, new, later, np.zeros(len(later), np.int64), len(later))
+        # what was there when the switch came: every pair that the stream has seen
+        seen = np.concatenate([material.noisy.vectors[past], vectors])
+        all_told = churn(
+            live, new, rng.permutation(seen)[: len(seen) // 2], np.zeros(len(seen) // 2, np.int64), len(seen)
+        )
+        all_happened = churn(live, new, seen, np.zeros(len(seen), np.int64), len(seen))
+        found[name] = {
+            "foretold": told.moved, "margin": told.margin, "happened": happened.moved,
+            "quota_foretold": told.quota_moved, "quota_happened": happened.quota_moved,
+            "entries_foretold": all_told.moved, "entries_happened": all_happened.moved,
+            "emptied": [told.cells_emptied, happened.cells_emptied], "made": [told.cells_made, happened.cells_made],
+        }  # fmt: skip
+    return found
+
+
+def worth(material: Material, clusters: int, share: float, seed: int) -> dict[str, Any]:
+    """A stream that drifts: inertia, balance and near-duplicates of its last part, with a recluster in between and without.
+
+    share  of tuxpaint's pairs in the drifted part; no pair comes twice
+    """
+    rng = np.random.default_rng(300 + seed)
+    noisy, clean = rng.permutation(len(material.noisy.itms)), rng.permutation(len(material.clean.itms))
+    past, rest = noisy[:3000], noisy[3000:]
+    live = fit(material.noisy.vectors[past], material.codebook, clusters, "mean", seed)
+    others = min(len(rest), round(len(clean) * (1 - share) / share))
+    drifted = material.clean.at(clean).and_(material.noisy.at(rest[:others]))
+    window, last = (drifted.at(rows) for rows in np.array_split(rng.permutation(len(drifted.itms)), 2))
+    apart, fitted = np.split(window.vectors, [len(window.vectors) // 5])
+    new = refit(live, fitted, apart, seed)
+    stream = material.noisy.at(past).and_(window).and_(last)
+    old_part = len(past) + len(window.itms)
+    found: dict[str, Any] = {"clusters": clusters, "share": share, "pairs": len(last.itms)}
+    for name, clustering, switches in (("without", live, ((0, 0),)), ("with", new, ((0, 0), (old_part, 1)))):
+        at_first, at_last = live.assign(stream.vectors[:old_part]), clustering.assign(last.vectors)
+        numbers = np.concatenate([at_first, at_last]).tolist()
+        rows = [Row(i, f"pair-{seed}-{i}", c) for i, c in enumerate(numbers)]
+        _, outcomes = reduce_partition(rows, seed=seed, partition=0, p=1, q=4, switches=switches)
+        kept = np.array([outcomes[i].fate == "kept" for i in range(old_part, len(rows))])
+        found[name] = _quality(clustering, last, at_last, kept)
+    chosen = np.random.default_rng(seed).permutation(len(last.itms)) < len(last.itms) // 4
+    found["random"] = _near_duplicates(last.families, chosen)
+    return found
+
+
+def _quality(
+    clustering: Clustering, pairs: Pairs, clusters: NDArray[np.int32], kept: NDArray[np.bool_]
+) -> dict[str, float]:  # fmt: skip
+    share = np.bincount(clusters, minlength=len(clustering.centroids)) / len(clusters)
+    some = share[share > 0]
+    return {
+        "inertia": float(clustering.errors(pairs.vectors, clusters).mean()),
+        # as many equal cells would be as uneven: the exponential of the entropy
+        "effective_cells": float(np.exp(-(some * np.log(some)).sum())),
+        "largest": float(share.max()),
+        "kept": float(kept.mean()),
+        "near_duplicates": _near_duplicates(pairs.families, kept),
+    }
+
+
+def _near_duplicates(families: NDArray[np.str_], kept: NDArray[np.bool_]) -> float:
+    """Of the kept pairs, the share whose family has another kept pair."""
+    _, family, sizes = np.unique(families[kept], return_inverse=True, return_counts=True)
+    return float((sizes[family] > 1).mean()) if kept.any() else 0.0
+
+
+def _looks(clustering: Clustering, baseline: Baseline, stream: Pairs) -> list[tuple[int, list[Any]]]:
+    """(pairs seen, signals) at each look of a sliding window."""
+    window = DriftWindow(baseline, clustering, stream.vectors.shape[1])
+    clusters, step, found = clustering.assign(stream.vectors), WINDOW_PAIRS // LOOKS_A_WINDOW, []
+    for start in range(0, len(clusters), step):
+        rows = slice(start, start + step)
+        window.add(stream.itms[rows], clusters[rows], stream.vectors[rows])
+        if window.pairs == WINDOW_PAIRS:
+            found.append((start + step, window.look()))
+    return found
+
+
+# -- units -------------------------------------------------------------------------------------------------------------
+
+
+def units() -> Iterator[tuple[str, Callable[[Material], dict[str, Any]]]]:
+    """(name, measurement), in the order in which they are done."""
+    yield "as-shipped", as_shipped
+    for seed in ALARM_SEEDS:
+        yield f"false-alarms/{seed}", lambda m, s=seed: false_alarms(m, s)  # type: ignore[misc]
+    for kind in DRIFTS:
+        for seed in DELAY_SEEDS:
+            yield f"delay/{kind}/{seed}", lambda m, k=kind, s=seed: delay(m, k, s)  # type: ignore[misc]
+    for clusters, share in ((16, 0.5), (16, 1.0), (64, 0.5), (64, 1.0)):
+        for seed in HELP_SEEDS:
+            yield f"worth/{clusters}/{share}/{seed}", lambda m, c=clusters, q=share, s=seed: worth(m, c, q, s)  # type: ignore[misc]
+    for form in FORMS:
+        for clusters in (16, 64):
+            for seed in CHURN_SEEDS:
+                yield f"churn/{form}/{clusters}/{seed}", lambda m, f=form, c=clusters, s=seed: churn_of(m, f, c, s)  # type: ignore[misc]
+
+
+def done() -> dict[str, dict[str, Any]]:
+    """What is measured, by unit."""
+    lines = DATA.read_text("utf-8").splitlines() if DATA.exists() else []
+    return {one["unit"]: one for one in map(json.loads, lines)}
+
+
+def main() -> int:
+    """The command line of `make drift`."""
+    parser = argparse.ArgumentParser(prog="benchmarks/drift.py", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=8.0, help="stop before this many minutes are over")
+    parser.add_argument("--only", default="", help="prefixes of units, with commas")
+    parser.add_argument("--render", action="store_true", help="only write the page anew from the data")
+    options = parser.parse_args()
+    began, material, measured = time.monotonic(), None, done()
+    for name, unit in units():
+        if options.render or name in measured or not name.startswith(tuple(options.only.split(","))):
+            continue
+        if time.monotonic() - began > 60 * options.minutes:
+            print("the time is over; type the command again to go on", file=sys.stderr)
+            break
+        material = material or Material()
+        started = time.monotonic()
+        result = unit(material)
+        about = {
+            "unit": name,
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        with open(DATA, "a", encoding="utf-8") as out:
+            out.write(json.dumps(about | {"bundle": material.model.version} | result) + "\n")
+        print(f"{name} {about['seconds']} s", file=sys.stderr, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

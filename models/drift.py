@@ -163,8 +163,8 @@ def design_effect(vectors: NDArray[np.uint16], codes: int) -> float:
     n, tokens = vectors.shape
     if n < 2:
         return 1.0
-    _, together = np.unique(np.arange(n)[:, None] * codes + vectors, return_counts=True)
-    of_code = np.unique(np.arange(n)[:, None] * codes + vectors) % codes
+    code_in_image, together = np.unique(np.arange(n)[:, None] * codes + vectors, return_counts=True)
+    of_code = code_in_image % codes
     uses = np.bincount(of_code, together, codes)
     squares = np.bincount(of_code, together.astype(np.float64) ** 2, codes)
     used = uses > 0
@@ -211,6 +211,16 @@ class DriftWindow:
         self._errors[places] = np.nan  # computed when somebody looks
         self._at = (self._at + len(clusters)) % self.size
         self.pairs = min(self.size, self.pairs + len(clusters))
+
+    @property
+    def itms(self) -> NDArray[np.float32]:
+        """(n,) the scores in the window."""
+        return self._itms[: self.pairs]
+
+    @property
+    def clusters(self) -> NDArray[np.int32]:
+        """(n,) the clusters in the window."""
+        return self._clusters[: self.pairs]
 
     @property
     def due(self) -> bool:

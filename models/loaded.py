@@ -20,6 +20,7 @@ from models.captioner import Captioner, CaptionerConfig
 from models.captioning import generate
 from models.clustering import Clustering
 from models.device import choose_device, fingerprint
+from models.drift import Baseline
 from models.encoding import PaddedEncoder
 from models.errors import BundleError, ModelError
 from models.images import decode
@@ -94,6 +95,8 @@ class LoadedModel:
         self._captioner = parts.captioner.to(device).eval()
         self._vocabulary = parts.vocabulary
         self._matching = parts.matching.to(device).eval()
+        self.clustering: Clustering | None = clustering
+        self.baseline: Baseline | None = Baseline.of(manifest.data)
         self._clustering = clustering
         self._encoder = PaddedEncoder(parts.captioner, device)
         self.batch = self._encoder.batch

@@ -10,6 +10,9 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from models.clustering import Clustering
+from models.drift import Baseline
+
 Pixels: TypeAlias = NDArray[np.uint8]  # (S, S, 3) RGB
 Vectors: TypeAlias = NDArray[np.uint16]  # (n, L) codebook indices
 
@@ -26,6 +29,8 @@ class PairModel(Protocol):
     batch: int  # the one padded batch shape of the encoder
     fingerprint: dict[str, str]  # device, dtype, threads, versions … of this process
     made_with: dict[str, str]  # the same of the process that made the bundle
+    clustering: Clustering | None  # what `assign` assigns by, None where there is nothing to measure an error by
+    baseline: Baseline | None  # what drift is measured against, None without a bundle
 
     def decode(self, image: bytes | memoryview) -> Pixels:
         """(S, S, 3) RGB. Thread safe. Raises models.errors.BadImage."""

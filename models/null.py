@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from models.clustering import Clustering
+from models.drift import Baseline
 from models.errors import BadImage, BundleError, Reason
 from models.model import Pixels, Vectors
 
@@ -43,6 +45,8 @@ class NullModel:
         self.version = hashlib.sha256(name.encode()).hexdigest()[:16]
         self.fingerprint = {"device": "none", "batch": str(batch)}
         self.made_with = self.fingerprint
+        self.clustering: Clustering | None = None
+        self.baseline: Baseline | None = None
 
     @classmethod
     def at(cls, uri: str) -> "NullModel":

@@ -495,6 +495,10 @@ def status(
         bool, typer.Option("--once", help="Show it once and leave, as it does where output is no terminal.")
     ] = False,
     every_s: Annotated[float, typer.Option(help="Seconds from one look to the next.", min=0.2)] = 2.0,
+    bundle: Annotated[
+        str | None,
+        typer.Option(help="Folder of the bundle, to judge drift by.  [default: where it was announced to be]"),
+    ] = None,
     bootstrap_servers: BootstrapServers = DEFAULT_BOOTSTRAP,
     kafka: KafkaSettings = None,
     kafka_properties: KafkaProperties = None,
@@ -503,7 +507,7 @@ def status(
     schema_registry_properties: SchemaRegistryProperties = None,
     json: Json = False,
 ) -> None:
-    """Show what a stream is doing, live: lag, keep-rate, cells, ITM, errors, and arithmetic that adds up.
+    """Show what a stream is doing, live: lag, keep-rate, cells, ITM, drift, errors, and arithmetic that adds up.
 
     Example: tldr-stream status --topic raw-pairs
     """
@@ -524,6 +528,7 @@ def status(
             schema_registry_properties,
         ),
         topic,
+        bundle,
     )
     if json or once or not sys.stdout.isatty():
         show(reader.read(), json)

@@ -248,6 +248,26 @@ class Metrics:
             "Seconds for which a switch of the bundle kept a worker from deciding. A rise: the store's disk is slow.",
             SECONDS_BUCKETS,
         )
+        self.drift_effect = gauge(
+            "drift_effect",
+            "By how much this worker's newest pairs differ from what the bundle was made on: points of median ITM, shares of "
+            "pairs (occupancy) or tokens (codes) beyond chance, relative rise of the quantisation error. docs/drift.md.",
+            ["signal"],
+        )
+        self.drift_p_value = gauge(
+            "drift_p_value",
+            "How likely so much of a difference is by chance alone; read it beside the effect.",
+            ["signal"],
+        )
+        self.drift_alarm = gauge(
+            "drift_alarm",
+            "1 where effect and p value both pass their thresholds. itm: look at the crawl's captions. occupancy or "
+            "quantisation_error: `tldr-stream recluster --dry-run`. codes: other images than the captioner was trained on.",
+            ["signal"],
+        )
+        self.drift_pairs = gauge(
+            "drift_window_pairs", "Pairs in the window of the drift figures; 2,000 when it is full."
+        )
         self.bundle = Info("tldr_bundle", "Version of the model bundle; more than one in a group: a switch is under way.",
                            registry=registry)  # fmt: skip
         self.build = Info("tldr_build", "Version of the package; more than one in a group: an upgrade is under way.",

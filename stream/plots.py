@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stream.report_data import ITM_BINS, Curve, Histogram
+from stream.report_drift import ReportDrift
 
 # Each stands for a custom property of the page's style (templates/report.html): SVG in a page may use those.
 INK, FAINT, SOFT, ACCENT = "#010101", "#020202", "#030303", "#040404"
@@ -99,6 +100,80 @@ def itm(raw: Histogram, original: Histogram, refined: Histogram) -> str:
         _legend(axes)
 
     return _svg("itm", "Distribution of image-text matching scores", draw)
+
+
+def drift(seen: ReportDrift) -> list[str]:
+    """The newest pairs against the bundle's baselines (ITM, clusters), and each signal over time in units of its threshold."""
+    return [chart for chart in (_drift_itm(seen), _drift_clusters(seen), _drift_over_time(seen)) if chart]
+
+
+def _drift_itm(seen: ReportDrift) -> str:
+    baseline = seen.baseline.itm
+    if baseline is None or not seen.itm.sum() or not baseline.sum():
+        return ""
+
+    def draw(axes: Any) -> None:
+        edges = np.linspace(0, 1, len(baseline) + 1)
+        axes.stairs(
+            baseline / baseline.sum(), edges, color=SOFT, fill=True, linewidth=0, label="baseline of the bundle"
+        )
+        axes.stairs(seen.itm / seen.itm.sum(), edges, color=ACCENT, linewidth=1.6, label="newest pairs")
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("image-text matching score (ITM) of raw captions")
+        _shares(axes, "share of pairs")
+
+    return _svg("drift-itm", "Matching scores of the newest pairs against the baseline", draw)
+
+
+def _drift_clusters(seen: ReportDrift) -> str:
+    baseline = seen.baseline.occupancy
+    if baseline is None or not seen.occupancy.sum() or not baseline.sum():
+        return ""
+
+    def draw(axes: Any) -> None:
+        order = np.argsort(-baseline, kind="stable")
+        edges = np.arange(len(order) + 1) + 0.5
+        axes.stairs(
+            (baseline / baseline.sum())[order],
+            edges,
+            color=SOFT,
+            fill=True,
+            linewidth=0,
+            label="baseline of the bundle",
+        )
+        axes.stairs(
+            (seen.occupancy / seen.occupancy.sum())[order], edges, color=ACCENT, linewidth=1.2, label="newest pairs"
+        )
+        axes.set_xlabel("clusters, the largest of the baseline first")
+        _shares(axes, "share of pairs")
+
+    return _svg("drift-clusters", "Pairs of each cluster against the baseline", draw)
+
+
+def _drift_over_time(seen: ReportDrift) -> str:
+    if not seen.stretches:
+        return ""
+
+    def draw(axes: Any) -> None:
+        for signal, colour in zip(seen.stretches[0].signals, LINES, strict=False):
+            points = [(s, one) for s in seen.stretches for one in s.signals if one.name == signal.name]
+            x = [(s.begin + s.end) / 2 for s, _ in points]
+            y = [one.effect / one.threshold for _, one in points]
+            axes.plot(x, y, ".-", color=colour, linewidth=1.4, markersize=5, label=signal.name.replace("_", " "))
+        axes.axhline(1, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        axes.axhline(-1, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("share of the epoch's offsets")
+        axes.set_ylabel("effect ÷ threshold")
+        _legend(axes)
+
+    return _svg("drift-time", "Drift of each signal over time in units of its threshold", draw)
+
+
+def _shares(axes: Any, label: str) -> None:
+    axes.set_ylabel(label)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    _legend(axes)
 
 
 def _legend(axes: Any) -> None:

@@ -33,7 +33,7 @@ class Rows(NamedTuple):
     vectors: NDArray[np.uint16]
     counted: NDArray[np.bool_]  # False: below the gate, in no cell
 
-    def part(self, of: slice) -> Rows:
+    def part(self, of: slice | NDArray[np.bool_]) -> Rows:
         """Some of the rows."""
         columns = (self.offsets[of], self.clusters[of], self.itms[of], self.vectors[of], self.counted[of])
         return Rows(self.partition, self.epoch, *columns)

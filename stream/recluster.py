@@ -27,7 +27,7 @@ from stream.stream_view import ChangelogFollower, ChangelogRecord, StreamSource,
 
 if TYPE_CHECKING:
     from models.clustering import Clustering
-    from models.drift import Signal
+    from models.drift import DriftWindow, Signal
 
 RECORDS = 1_000_000
 MEMORY_MB = 1024
@@ -282,7 +282,7 @@ def _drifted(options: ReclusterOptions, view: StreamView, live: LiveBundle, resu
     return any(signal.alarm for signal in result.drift)
 
 
-def drift_window(source: StreamSource, view: StreamView, live: LiveBundle, size: int | None = None) -> Any:
+def drift_window(source: StreamSource, view: StreamView, live: LiveBundle, size: int | None = None) -> DriftWindow:
     """The newest pairs of the newest epoch as a models.drift.DriftWindow."""
     from models.drift import WINDOW_PAIRS, DriftWindow
 

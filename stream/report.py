@@ -19,11 +19,15 @@ import numpy as np
 from markupsafe import Markup
 
 import stream
+from models.drift import LEAST_PAIRS
 from stream.arithmetic import Sum, in_the_set, sums_of
 from stream.errors import TldrError
 from stream.kafka import partition_count, start_offsets
+from stream.live_bundle import LiveBundle, live_bundle, running_bundle
 from stream.raw_format import RawReader
+from stream.recent_codes import rows_of
 from stream.report_data import ReportData, gather, pictures
+from stream.report_drift import DriftWalk, ReportDrift, drift_of
 from stream.rights import check_rights
 from stream.stream_view import StreamSource, StreamView, read_view
 
@@ -81,12 +85,24 @@ def report(options: ReportOptions) -> ReportResult:
     check_rights(source.connection, "report", raw=options.topic, stream=source.name)
     partition_count(source.connection, options.topic)
     view = read_view(source)
-    clustering, no_distances = _clustering_of(options, view)
-    data = gather(source, view, options.topic, options.reader, options.clusters, options.seed)
-    if clustering is not None:
-        _measure(data, clustering)
+    live, no_distances = _live(options, view)
+    epoch = max((part.position.epoch for part in view.partitions.values() if part.position), default=0)
+    walk = DriftWalk(view, epoch, options.seed)
+    data = gather(
+        source,
+        view,
+        options.topic,
+        options.reader,
+        options.clusters,
+        options.seed,
+        lambda codes: walk.add(rows_of(codes)),
+    )
+    drift = None
+    if live is not None:
+        _measure(data, live.clustering)
+        drift = drift_of(source, view, live, walk)
     sums = sums_of(view)
-    html = _page(options, data, sums, no_distances)
+    html = _page(options, data, sums, no_distances, drift)
     if len(html) > BYTES_MAX:
         raise TldrError(f"the report would take {len(html):,} bytes, over {BYTES_MAX:,}: give fewer --clusters")
     _write(out, html)
@@ -98,36 +114,16 @@ def report(options: ReportOptions) -> ReportResult:
 # -- distances ---------------------------------------------------------------------------------------------------------
 
 
-def _clustering_of(options: ReportOptions, view: StreamView) -> tuple[Clustering | None, str]:
-    """The clustering of the newest epoch, or why there is none. Raises TldrError for a named bundle of another stream."""
-    from models.bundle import read_files
+def _live(options: ReportOptions, view: StreamView) -> tuple[LiveBundle | None, str]:
+    """The bundle of the newest epoch, or why there is none. Raises TldrError for a named bundle of another stream."""
     from models.errors import ModelError
-    from stream.bundles import find_bundle
 
     try:
-        folder = find_bundle(options.source.connection, options.bundle, options.source.name)
-        manifest, contents = read_files(folder)
+        return live_bundle(options.source.connection, view, options.bundle), ""
     except (TldrError, ModelError) as error:
         if options.bundle is not None:
             raise
         return None, str(error)
-    running = _newest_bundle(view)
-    if not manifest.version.startswith(running):
-        reason = f"the stream runs with bundle {running[:12]}, and {folder} is {manifest.version[:12]}"
-        if options.bundle is not None:
-            raise TldrError(f"{reason}: name that one, or leave --bundle out")
-        return None, reason
-    from safetensors.numpy import load
-
-    from models.loaded import CaptionerParts, clustering_of
-
-    codebook = CaptionerParts.of(manifest, contents).captioner.quantiser.codebook.codes.numpy()
-    return clustering_of(manifest.data["clustering"], load(contents["clusters.safetensors"]), codebook), ""
-
-
-def _newest_bundle(view: StreamView) -> str:
-    switches = [switch for part in view.partitions.values() for switch in part.switches.values()]
-    return max(switches, key=lambda switch: switch.epoch).bundle
 
 
 def _measure(data: ReportData, clustering: Clustering) -> None:
@@ -149,7 +145,9 @@ def _distance(clustering: Clustering, vectors: Any, clusters: Any) -> float:
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
-def _page(options: ReportOptions, data: ReportData, sums: list[Sum], no_distances: str) -> bytes:
+def _page(
+    options: ReportOptions, data: ReportData, sums: list[Sum], no_distances: str, drift: ReportDrift | None
+) -> bytes:
     from stream import plots
 
     view, settings = data.view, data.view.settings
@@ -175,7 +173,10 @@ def _page(options: ReportOptions, data: ReportData, sums: list[Sum], no_distance
         keep_rate=Markup(plots.keep_rate(data.curves, float(settings.ratio.share))),  # noqa: S704 (our own drawing)
         sizes=Markup(plots.cluster_sizes(data.sizes)),  # noqa: S704
         itm=Markup(plots.itm(data.itm_raw, data.itm_original, data.itm_refined)),  # noqa: S704
-        bundle=_newest_bundle(view),
+        drift=drift,
+        drift_charts=[Markup(chart) for chart in plots.drift(drift)] if drift is not None else [],  # noqa: S704
+        least_pairs=LEAST_PAIRS,
+        bundle=running_bundle(view),
         no_distances=no_distances,
         made=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=stream.__version__,

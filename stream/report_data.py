@@ -222,11 +222,20 @@ class ReportData:
 
 
 def gather(
-    source: StreamSource, view: StreamView, topic: str, reader: RawReader, clusters: int, seed: int
+    source: StreamSource,
+    view: StreamView,
+    topic: str,
+    reader: RawReader,
+    clusters: int,
+    seed: int,
+    on_codes: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> ReportData:
-    """Walks over pair-codes, the kept pairs, the dead letters, and the raw records that are shown."""
+    """Walks over pair-codes, the kept pairs, the dead letters, and the raw records that are shown.
+
+    on_codes  is given each decoded record of pair-codes as it is read
+    """
     data = _begin(view, clusters, seed)
-    dropped, forgotten = _walk_codes(source, data, seed)
+    dropped, forgotten = _walk_codes(source, data, seed, on_codes)
     _walk_kept(source, data)
     _walk_dead(source, data, forgotten)
     _look_up_dropped(source, data, topic, reader, dropped, forgotten)
@@ -273,7 +282,7 @@ def numbers_of(seed: int, partition: int, offsets: NDArray[np.int64]) -> NDArray
 
 
 def _walk_codes(
-    source: StreamSource, data: ReportData, seed: int
+    source: StreamSource, data: ReportData, seed: int, on_codes: Callable[[dict[str, Any]], None]
 ) -> tuple[dict[int, Draw[tuple[int, int], DroppedRow]], set[str]]:
     """Curves, scores, duplicates and samples; the dropped pairs drawn for each shown cluster, and what was taken down."""
     walk = _CodesWalk(data, seed)
@@ -289,6 +298,7 @@ def _walk_codes(
                     first.setdefault(message.partition(), int(offsets[0]))
                 rows = walk.add(record, offsets, message.timestamp()[1])
                 progress.advance(rows)
+                on_codes(record)
     data.expired = {p: first.get(p, data.view.cut[p]) for p, (start, _) in spans.items() if start > 0}
     sizes = {shown.cluster: shown for shown in data.clusters}
     for cluster, (total, count) in walk.scores.items():

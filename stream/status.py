@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -21,18 +22,21 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from models.drift import LEAST_PAIRS, DriftWindow, Signal
+from models.errors import ModelError
 from state.changelog import Totals
 from state.quota import Ratio
 from stream.arithmetic import Sum, in_the_set, sums_of
-from stream.errors import Unavailable
+from stream.errors import TldrError, Unavailable
 from stream.kafka import end_offsets, partition_count, partition_counts, start_offsets, topic_id
+from stream.live_bundle import live_bundle, running_bundle
+from stream.recent_codes import Rows, rows_of
 from stream.rights import check_rights
 from stream.stream_view import (
     ChangelogFollower,
     PartitionView,
     StreamSource,
     StreamView,
-    codes_rows,
     decoded,
     read_dead_letters,
     read_spans,
@@ -87,6 +91,15 @@ class OpenTransaction:
     since_ms: int | None
 
 
+@dataclass(frozen=True)
+class DriftStatus:
+    """The newest pairs against what the bundle was made on. pairs  in the window; reason  why something is not judged."""
+
+    pairs: int = 0
+    signals: list[Signal] = field(default_factory=list)
+    reason: str | None = None
+
+
 @dataclass
 class StreamStatus:
     """What a stream is doing. dead_by_reason counts the letters that are still there and were looked at."""
@@ -105,6 +118,7 @@ class StreamStatus:
     adds_up: bool
     dead_by_reason: dict[str, int]
     dead_looked_at: int
+    drift: DriftStatus
     open_transactions: list[OpenTransaction] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -121,8 +135,9 @@ class StatusReader:
     Raises TldrError where the topic or the stream does not exist.
     """
 
-    def __init__(self, source: StreamSource, topic: str) -> None:
-        self._source, self._topic = source, topic
+    def __init__(self, source: StreamSource, topic: str, bundle: str | None = None) -> None:
+        self._source, self._topic, self._given = source, topic, bundle
+        self._judge: _DriftJudge | None = None
         check_rights(source.connection, "status", raw=topic, stream=source.name)
         self._partitions = partition_count(source.connection, topic)
         self._follower = ChangelogFollower(source)
@@ -137,6 +152,8 @@ class StatusReader:
         """What the stream has committed by now. Raises TldrError if that is nothing, Unavailable without a broker."""
         view = self._follower.advance()
         numbers = list(view.partitions)
+        if self._judge is None or self._judge.version != _running(view):
+            self._judge = _DriftJudge(self._source, view, self._given)
         self._read_scores(numbers)
         self._read_dead_letters(numbers)
         raw = [p for p in numbers if p < self._partitions]
@@ -167,6 +184,7 @@ class StatusReader:
             adds_up=all(one.holds for one in sums),
             dead_by_reason=dict(self._reasons.most_common()),
             dead_looked_at=self._reasons.total(),
+            drift=self._judge.look(),
             open_transactions=self._open_transactions(numbers, raw),
             notes=self._notes(view, starts),
         )
@@ -197,8 +215,10 @@ class StatusReader:
         for messages in read_spans(self._source.connection, topic, spans, batch=50):
             for message in messages:
                 scores = self._itms.setdefault(message.partition(), deque(maxlen=ITM_ROWS))
-                # a duplicate has no score, and NaN is the one number that differs from itself
-                scores.extend(row.itm for row in codes_rows(decoded(self._codes, message)) if row.itm == row.itm)
+                rows = rows_of(decoded(self._codes, message))
+                scores.extend(rows.itms[~np.isnan(rows.itms)].tolist())
+                if self._judge is not None:
+                    self._judge.take(rows)
         self._codes_next.update(ends)
 
     def _read_dead_letters(self, numbers: list[int]) -> None:
@@ -279,6 +299,42 @@ class StatusReader:
         return notes
 
 
+class _DriftJudge:
+    """The newest pairs against the baselines of one bundle; or why they cannot be judged."""
+
+    def __init__(self, source: StreamSource, view: StreamView, given: str | None) -> None:
+        self.version = _running(view)
+        self._epoch = max((part.position.epoch for part in view.partitions.values() if part.position), default=0)
+        self._window: DriftWindow | None = None
+        self._reason: str | None = None
+        try:
+            live = live_bundle(source.connection, view, given)
+        except (TldrError, ModelError) as error:
+            if given is not None or isinstance(error, Unavailable):
+                raise
+            self._reason = str(error)
+            return
+        self._window = DriftWindow(live.baseline, live.clustering, view.settings.tokens)
+        if live.baseline.missing:
+            self._reason = f"no baseline in this bundle of {', '.join(live.baseline.missing)}"
+
+    def take(self, rows: Rows) -> None:
+        if self._window is not None and rows.epoch == self._epoch and len(rows.clusters):
+            self._window.add(rows.itms, rows.clusters, rows.vectors)
+
+    def look(self) -> DriftStatus:
+        if self._window is None or not self._window.pairs:
+            return DriftStatus(reason=self._reason)
+        return DriftStatus(self._window.pairs, self._window.look(), self._reason)
+
+
+def _running(view: StreamView) -> str | None:
+    try:
+        return running_bundle(view)
+    except TldrError:
+        return None
+
+
 def _figures(lag: int, totals: Totals, cells: int, scores: list[float]) -> Figures:
     return Figures(
         lag=lag,
@@ -322,6 +378,7 @@ def rendered(status: StreamStatus, width: int, rows_max: int | None = None) -> R
     parts += [Text(""), *(_sum(one) for one in status.sums)]
     if status.total.totals["dead"]:
         parts += [Text(""), _dead(status)]
+    parts += [Text(""), *_drift(status.drift)]
     for one in status.open_transactions:
         age = "" if one.since_ms is None else f", open for {_age(status.at_ms - one.since_ms)}"
         held = f"{one.end - one.committed_end:,} records wait at {one.committed_end:,}"
@@ -407,6 +464,20 @@ def _dead(status: StreamStatus) -> Text:
     if status.dead_looked_at < dead:
         text += f"; {dead - status.dead_looked_at:,} of them have expired or are too many to look at"
     return Text(text)
+
+
+def _drift(drift: DriftStatus) -> list[Text]:
+    """A line a signal, those that alarm in red."""
+    lines = []
+    if drift.pairs:
+        few = f", too few to judge ({LEAST_PAIRS:,})" if drift.pairs < LEAST_PAIRS else ""
+        lines.append(Text(f"drift, newest {drift.pairs:,} pairs{few}:"))
+    for one in drift.signals:
+        mark, style = ("!", "bold red") if one.alarm else (" ", "")
+        lines.append(Text(f"{mark} {one.words} (p {one.p_value:.1g})", style=style))
+    if drift.reason:
+        lines.append(Text(f"{'  ' if drift.pairs else 'drift is not judged: '}{drift.reason}"))
+    return lines
 
 
 def _ranges(numbers: list[int]) -> str:

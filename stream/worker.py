@@ -29,6 +29,7 @@ from stream.assignment import Assignment, Restore
 from stream.broker_errors import refuses_entry, says_fenced
 from stream.bundle_switch import BundleSwitch
 from stream.dead_share import DeadShare
+from stream.drift_watch import DriftWatch
 from stream.errors import Fenced, Stopped, TldrError, Unavailable
 from stream.intake import Intake
 from stream.logs import at, offsets_of, place
@@ -124,6 +125,7 @@ class Worker:
         self._knocking: Future[None] | None = None
         self._knock_thread = ThreadPoolExecutor(1, "knock")
         self._switch = switch
+        self._drift = DriftWatch(metrics, clock)
         self._clock = clock
         self._effects = Effects()
         self._effects_since: float | None = None
@@ -515,6 +517,7 @@ class Worker:
         metrics.itm_raw.observe(effects.itm_raw)
         metrics.itm_kept.observe(effects.itm_kept)
         metrics.itm_refined.observe(effects.itm_refined)
+        self._drift.take(effects.codes.values(), self.using.model)
 
     def _update_gauges(self) -> None:
         now = self._clock()

@@ -1,4 +1,4 @@
-"""`recluster` on a real stream of real pictures: it predicts what a switch does, keeps what has not changed, and says why not."""
+"""`recluster` on a stream of real pictures: it predicts what a switch does, keeps what has not changed, and says why not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from models.bundle import load_model, read_manifest, write_bundle
-from models.drift import ERROR, ITM, OCCUPANCY, Baseline
+from models.drift import ERROR, ITM, OCCUPANCY, SIGNALS, Baseline
 from models.loaded import LoadedModel
 from state.changelog import decode_entry
 from stream.broker import LocalBroker
@@ -21,9 +21,12 @@ from stream.cli import app
 from stream.errors import TldrError
 from stream.kafka import Connection
 from stream.live_bundle import live_bundle, open_bundle
-from stream.pair_sources import BadEntry, open_source
+from stream.pair_sources import BadEntry, SourcePair, open_source
+from stream.raw_format import raw_reader
 from stream.recent_codes import Rows, Sample, recent_rows
 from stream.recluster import NOTHING_TO_DO, ReclusterOptions, drift_window, recluster
+from stream.report import ReportOptions, report
+from stream.status import StatusReader
 from stream.stream_view import read_view
 from tests.stream.stream_writer import StreamWriter
 
@@ -44,13 +47,19 @@ class Made:
         return replace(ReclusterOptions(self.writer.source, str(BUNDLE)), **given)
 
 
+def record_of(pair: SourcePair) -> dict[str, Any]:
+    return {"id": pair.id, "caption": pair.caption, "image": pair.image, "image_uri": None, "fields": {}}
+
+
 @pytest.fixture(scope="module")
 def made(broker: LocalBroker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     model = load_model(BUNDLE, "cpu")
     assert isinstance(model, LoadedModel)
     kafka = Connection(broker.bootstrap_servers)
     found = [p for p in open_source(SHARD) if not isinstance(p, BadEntry)]
-    records = [{"id": p.id, "caption": p.caption, "image": p.image, "image_uri": None, "fields": {}} for p in found]
+    records: list[dict[str, Any]] = [
+        {"id": p.id, "caption": p.caption, "image": p.image, "image_uri": None, "fields": {}} for p in found
+    ]
     folder = tmp_path_factory.mktemp("recluster")
     with StreamWriter(kafka, "recluster", folder, model=model, batch=100) as writer:  # type: ignore[arg-type]
         writer.feed(records).run()
@@ -85,10 +94,11 @@ def test_a_sample_is_uniform_and_does_not_depend_on_how_the_rows_come() -> None:
     vectors = np.arange(4000, dtype=np.uint16)[:, None]
     parts = [
         Rows(
-            0, 0, offsets, *(np.zeros(len(offsets), t) for t in (np.int32, np.float32)), vectors[offsets], offsets >= 0
+            0, 0, offsets, np.zeros(len(offsets), np.int32), np.zeros(len(offsets), np.float32), vectors[offsets],
+            np.ones(len(offsets), bool),
         )
         for offsets in np.array_split(np.arange(4000), 37)
-    ]
+    ]  # fmt: skip
     taken = []
     for order in (range(37), rng.permutation(37)):
         sample = Sample(500, seed=3)
@@ -191,9 +201,7 @@ def test_if_drift_acts_on_occupancy_and_not_on_itm(
         folder = bundle_with(tmp_path / name, occupancy.tolist(), itm=[900] + [0] * 19)
         model = load_model(folder, "cpu")
         with StreamWriter(made.kafka, f"if-{name}", tmp_path / f"{name}-stores", model=model) as writer:  # type: ignore[arg-type]
-            pairs = [
-                {"id": p.id, "caption": p.caption, "image": p.image, "image_uri": None, "fields": {}} for p in records
-            ]
+            pairs = [record_of(p) for p in records]
             writer.feed(pairs).run()
             announce_folder(made.kafka, folder, f"if-{name}")
             itm = next(
@@ -224,7 +232,6 @@ def test_what_is_wrong_is_one_line_that_says_what_to_do(
         with pytest.raises(TldrError, match=match):
             recluster(made.options(**given))
 
-    refused("has no index vectors in that window", since="1min", records=1) if False else None
     refused("cannot make 16 clusters: take a longer window", records=10)
     refused("give a time like", since="yesterday")
     refused("exists: a bundle is never changed", out=BUNDLE)
@@ -242,3 +249,32 @@ def test_the_live_bundle_is_found_by_the_newest_switch_record(made: Made, tmp_pa
     announce(made.kafka, str(tmp_path / "later"), "0123456789abcdef", made.model.space)
 
     assert live_bundle(made.kafka, view).folder == BUNDLE.resolve()
+
+
+# -- what status and report say of drift -------------------------------------------------------------------------------
+
+
+def test_status_judges_the_newest_pairs_by_the_bundle_and_says_what_it_cannot_judge(made: Made, tmp_path: Path) -> None:
+    status = StatusReader(made.writer.source, made.writer.name, str(BUNDLE)).read()
+
+    found = {signal.name: signal for signal in status.drift.signals}
+    missing = open_bundle(BUNDLE).baseline.missing
+    assert status.drift.pairs == read_view(made.writer.source).totals.counted
+    assert set(found) == set(SIGNALS) - set(missing)
+    window = drift_window(made.writer.source, read_view(made.writer.source), open_bundle(BUNDLE)).look()
+    assert {s.name: round(s.effect, 9) for s in window} == {n: round(s.effect, 9) for n, s in found.items()}
+    lines = "\n".join(status.lines())
+    assert all(" ".join(signal.words.split()[:3]) in lines for signal in found.values())
+    if missing:
+        assert f"no baseline in this bundle of {', '.join(missing)}" in lines
+
+
+def test_the_report_shows_the_window_against_the_baseline_and_each_signal_over_time(made: Made, tmp_path: Path) -> None:
+    out = tmp_path / "report.html"
+    report(ReportOptions(made.writer.source, made.writer.name, out, raw_reader(), str(BUNDLE), 2))
+
+    text = out.read_text()
+    assert "Has the data drifted?" in text
+    for chart in ("drift-itm", "drift-clusters", "drift-time"):
+        assert f'id="{chart}-' in text
+    assert "median ITM" in text and "are in other clusters than before" in text

@@ -1,0 +1,99 @@
+"""What a report says of drift: the newest pairs against the bundle's baselines, and how it came to that over time.
+
+Memory does not grow with the stream: over time a uniform sample is judged, the newest pairs are read once more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.drift import LEAST_PAIRS, Baseline, Signal, signals
+from stream.live_bundle import LiveBundle
+from stream.recent_codes import Rows
+from stream.recluster import drift_window
+from stream.report_data import numbers_of
+from stream.stream_view import StreamSource, StreamView
+
+SAMPLE_PAIRS = 20_000
+STRETCHES_MAX = 24
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The signals of the pairs that were read between two shares of each partition's offsets."""
+
+    begin: float
+    end: float
+    signals: list[Signal]
+
+
+@dataclass
+class ReportDrift:
+    """baseline and window  histograms of the same bins, None where the bundle has no baseline."""
+
+    baseline: Baseline
+    signals: list[Signal]
+    pairs: int
+    itm: NDArray[np.int64]
+    occupancy: NDArray[np.int64]
+    stretches: list[Stretch] = field(default_factory=list)
+
+
+class DriftWalk:
+    """Samples the rows of the newest epoch while pair-codes is walked over."""
+
+    def __init__(self, view: StreamView, epoch: int, seed: int) -> None:
+        self._view, self._epoch, self._seed = view, epoch, seed
+        self._rows: list[tuple[NDArray[np.float64], Rows]] = []
+        # pairs below the gate are not counted, but looked at
+        looked_at = max(1, view.totals.counted + view.totals.below_gate)
+        self._limit = np.uint64(min(1.0, SAMPLE_PAIRS / looked_at) * (2**64 - 2**11))
+
+    def add(self, rows: Rows) -> None:
+        """Draws of these rows, by a keyed hash of their place."""
+        part = self._view.partitions[rows.partition]
+        if rows.epoch != self._epoch:
+            return
+        drawn = (numbers_of(self._seed + 1, rows.partition, rows.offsets) <= self._limit) & (rows.offsets < part.cut)
+        if drawn.any():
+            begin = max((s.input_offset for s in part.switches.values() if s.epoch == self._epoch), default=part.begin)
+            taken = rows.part(drawn)
+            self._rows.append(((taken.offsets - begin) / max(1, part.cut - begin), taken))
+
+    def stretches(self, live: LiveBundle) -> list[Stretch]:
+        """As many stretches of the epoch as the sample can tell apart."""
+        if not self._rows:
+            return []
+        at = np.concatenate([places for places, _ in self._rows])
+        itms, clusters, vectors = (
+            np.concatenate([rows.itms for _, rows in self._rows]),
+            np.concatenate([rows.clusters for _, rows in self._rows]),
+            np.concatenate([rows.vectors for _, rows in self._rows]),
+        )
+        edges = np.linspace(0, 1, min(STRETCHES_MAX, max(1, len(at) // LEAST_PAIRS)) + 1)
+        found = []
+        for begin, end in pairwise(edges.tolist()):
+            inside = (at >= begin) & (at < end)
+            if inside.any():
+                errors = live.clustering.errors(vectors[inside], clusters[inside])
+                said = signals(live.baseline, itms[inside], clusters[inside], vectors[inside], errors)
+                found.append(Stretch(begin, end, said))
+        return found
+
+
+def drift_of(source: StreamSource, view: StreamView, live: LiveBundle, walk: DriftWalk) -> ReportDrift:
+    """The newest pairs, and the stretches of the walk."""
+    window = drift_window(source, view, live)
+    bins = 1 if live.baseline.itm is None else len(live.baseline.itm)
+    return ReportDrift(
+        live.baseline,
+        window.look() if window.pairs else [],
+        window.pairs,
+        np.histogram(window.itms, bins, (0.0, 1.0))[0],
+        np.bincount(window.clusters, minlength=len(live.clustering.centroids)),
+        walk.stretches(live),
+    )
