@@ -81,6 +81,9 @@ sample-bundle: train-sample ## the same
 stage1: corpus ## measure stage 1's choices on the corpora, three seeds each, into docs/stage1.md; goes on where it was stopped
 	$(BIN)/python benchmarks/stage1.py --minutes 8
 
+drift: corpus ## drift's false alarms and delays, and what reclustering is worth, into docs/drift.md; goes on where it was stopped
+	PYTHONPATH=. $(BIN)/python benchmarks/drift.py --minutes 8
+
 memory: setup ## a worker's anonymous memory after 10,000 and after 100,000 records
 	$(BIN)/python benchmarks/worker_memory.py
 
@@ -117,5 +120,5 @@ chart-table: setup ## the table of values in the chart's README
 clean: ## remove what demo and tests left behind; the environment and Kafka's jars stay
 	rm -rf demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help demo test check tests setup kafka corpus sample-bundle bench memory crash soak restart train-sample stage1 observe-check rehearsal clean
+.PHONY: help demo test check tests setup kafka corpus sample-bundle bench memory crash soak restart train-sample stage1 drift observe-check rehearsal clean
 .PHONY: deploy-check deploy-check-install chart-table
