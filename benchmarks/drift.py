@@ -5,6 +5,8 @@ models/clustering.py and the batch reference. A unit is one measurement with its
 a run stops before its minutes are over: type the command again until nothing is left. Images are encoded once.
 """
 
+# ruff: noqa: E501  (a row of a table is a line)
+
 from __future__ import annotations
 
 import argparse
@@ -32,6 +34,7 @@ from models.clustering import FORMS, Clustering, fit, held_out_errors, refit  # 
 from models.drift import (  # noqa: E402
     LOOKS_A_WINDOW,
     SIGNALS,
+    THRESHOLDS,
     WINDOW_PAIRS,
     Baseline,
     DriftWindow,
@@ -385,6 +388,205 @@ def done() -> dict[str, dict[str, Any]]:
     return {one["unit"]: one for one in map(json.loads, lines)}
 
 
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def render() -> None:
+    """docs/drift.md and its pictures, of what is measured by now."""
+    measured = done()
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for name, one in measured.items():
+        groups.setdefault(name.split("/")[0], []).append(one)
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    dates = sorted({one["date"] for one in measured.values()})
+    left = sum(name not in measured for name, _ in units())
+    lines = [
+        "# Drift, and what reclustering is worth", "",
+        f"Written by `make drift` ({', '.join(dates)}; bundle {', '.join(sorted({o['bundle'] for o in measured.values()}))}; "
+        f"{len(measured)} units in [drift.jsonl](drift.jsonl), {left or 'none'} left to measure). What the signals, effects and "
+        "thresholds are: [reference.md](reference.md#drift-and-reclustering). Unless a line says otherwise a window has "
+        f"{WINDOW_PAIRS:,} pairs, a look comes every {WINDOW_PAIRS // LOOKS_A_WINDOW}, a bundle has {CLUSTERS} clusters of the form `mean`. The "
+        "corpora are those of `make corpus`: openclipart (noisy) and tuxpaint (clean). The sample bundle's captioner has seen most of "
+        "both in training, so ITM scores are higher than those of new pairs, before a drift and after it alike.", "",
+        *FINDINGS, "",
+        *_false_alarm_lines(groups.get("false-alarms", []), groups.get("as-shipped", [])),
+        *_delay_lines(groups.get("delay", [])),
+        *_churn_lines(groups.get("churn", [])),
+        *_worth_lines(groups.get("worth", [])),
+    ]  # fmt: skip
+    PAGE.write_text("\n".join(lines).rstrip() + "\n", "utf-8")
+
+
+def _false_alarm_lines(found: list[dict[str, Any]], shipped: list[dict[str, Any]]) -> list[str]:
+    if not found:
+        return []
+    looks = sum(one["looks"] for one in found)
+    windows = looks / LOOKS_A_WINDOW
+    lines = [
+        "## False alarms", "",
+        f"{len(found)} seeds: the bundle from a random half of openclipart, {UNDRIFTED_PAIRS:,} pairs drawn from the other half. "
+        f"{looks:,} looks, {windows:,.0f} windows' worth of pairs.", "",
+        "| signal | alarms | a thousand windows | largest effect seen | threshold |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name in SIGNALS:
+        alarms, largest = sum(one["alarms"][name] for one in found), max(one["largest"][name] for one in found)
+        lines.append(
+            f"| `{name}` | {alarms} | {1000 * alarms / windows:.1f} | {largest:.1%} | {THRESHOLDS[name]:.0%} |"
+        )
+    # no alarm in n windows: the rule of three
+    if not any(one["alarms"][name] for one in found for name in SIGNALS):
+        lines += ["", f"None in {windows:,.0f} windows: at 95 % fewer than {3000 / windows:.0f} in a thousand."]
+    if shipped:
+        told = ", ".join(
+            f"`{name}` {effect:+.1%}{' (alarm)' if alarm else ''}"
+            for name, (effect, _, alarm) in shipped[0]["signals"].items()
+        )
+        lines += [
+            "", "The sample bundle as it is committed, whose baselines are 605 pairs in whole title families that its captioner never "
+            f"saw, against {WINDOW_PAIRS:,} pairs of the whole of openclipart: {told}.",
+        ]  # fmt: skip
+    return [*lines, ""]
+
+
+def _delay_lines(found: list[dict[str, Any]]) -> list[str]:
+    if not found:
+        return []
+    early = sum(one["early"] for one in found)
+    lines = [
+        "## Delay", "",
+        f"The drift begins after {ONSET:,} pairs and lasts {AFTER:,}. Pairs from its beginning to a signal's first alarm: median "
+        f"(least to most), and in how many of the seeds it alarmed at all. Alarms before the beginning, over all: {early}.", "",
+        "| drift | seeds | " + " | ".join(f"`{n}`" for n in SIGNALS) + " | first of all |", "|---" * (3 + len(SIGNALS)) + "|",
+    ]  # fmt: skip
+    for kind, what in DRIFTS.items():
+        its = [one for one in found if one["kind"] == kind]
+        if not its:
+            continue
+        cells = [_delays([one["delay"][name] for one in its]) for name in SIGNALS]
+        first = [min((d for d in one["delay"].values() if d is not None), default=None) for one in its]
+        lines.append(f"| {kind}: {what} | {len(its)} | {' | '.join(cells)} | {_delays(first)} |")
+    if _plot_courses([one for one in found if one["at"]]):
+        lines += ["", "![Effects over time](drift/courses.svg)"]
+    return [*lines, ""]
+
+
+def _delays(delays: list[int | None]) -> str:
+    seen = [d for d in delays if d is not None]
+    if not seen:
+        return "never"
+    return f"{np.median(seen):,.0f} ({min(seen):,} to {max(seen):,}), {len(seen)}/{len(delays)}"
+
+
+def _churn_lines(found: list[dict[str, Any]]) -> list[str]:
+    if not found:
+        return []
+    lines = [
+        "## Churn, and how well it is foretold", "",
+        "Openclipart in thirds: the bundle, the window, and fresh pairs. *Drifted*: half of window and fresh pairs are tuxpaint's. *Kept*: "
+        "fresh pairs whose cluster has the same number before and after, least of the seeds. *Off by*: the largest difference between "
+        "what `--dry-run` says and what then happens, in points: of fresh pairs (in brackets the ± that it says itself), and of "
+        "the quota; *entries*: of all pairs that came before, where half of them are sampled.", "",
+        "| form | N | kept, unchanged | kept, drifted | pairs off by | quota off by | entries off by |", "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for form in FORMS:
+        for clusters in (16, 64):
+            its = [one for one in found if (one["form"], one["clusters"]) == (form, clusters)]
+            if not its:
+                continue
+            both = [one[name] for one in its for name in ("unchanged", "drifted")]
+
+            def off(what: str, both: list[dict[str, Any]] = both) -> str:
+                ends = {"": ("foretold", "happened")}.get(what, (f"{what}_foretold", f"{what}_happened"))
+                return f"{100 * max(abs(o[ends[0]] - o[ends[1]]) for o in both):.1f}"
+
+            kept = [1 - max(o[n]["happened"] for o in its) for n in ("unchanged", "drifted")]
+            margin = f"± {100 * max(o['margin'] for o in both):.1f}"
+            lines.append(
+                f"| {form} | {clusters} | {kept[0]:.1%} | {kept[1]:.1%} | {off('')} ({margin}) | {off('quota')} | {off('entries')} |"
+            )
+    return [*lines, ""]
+
+
+def _worth_lines(found: list[dict[str, Any]]) -> list[str]:
+    if not found:
+        return []
+    lines = [
+        "## Does it help?", "",
+        "3,000 pairs of openclipart, then a drifted part; a switch in its middle, to clusters fitted to its first half, or none. "
+        "Measured on its second half, mean ± standard deviation over the seeds: inertia (mean squared distance to the centroid), "
+        "effective cells (exponential of the entropy of their shares), the largest cell, and near-duplicates kept: of the pairs that the "
+        "batch reference keeps (M = 1/4), the share whose title family has another kept pair. *Random*: a quarter drawn without any clusters.", "",
+        "| N | tuxpaint in the drifted part | seeds | inertia with ÷ without | effective cells without → with | largest cell | near-duplicates kept, without → with | random |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for clusters, share in sorted({(one["clusters"], one["share"]) for one in found}):
+        its = [one for one in found if (one["clusters"], one["share"]) == (clusters, share)]
+
+        def of(what: str, name: str, its: list[dict[str, Any]] = its) -> NDArray[np.float64]:
+            return np.array([one[name][what] for one in its])
+
+        ratio = of("inertia", "with") / of("inertia", "without")
+        cells, largest, near = (
+            [of(what, name) for name in ("without", "with")]
+            for what in ("effective_cells", "largest", "near_duplicates")
+        )
+        gain = near[1] - near[0]
+        lines.append(
+            f"| {clusters} | {share:.0%} | {len(its)} | {ratio.mean():.3f} ± {ratio.std():.3f} | "
+            f"{cells[0].mean():.1f} → {cells[1].mean():.1f} | {largest[0].mean():.1%} → {largest[1].mean():.1%} | "
+            f"{near[0].mean():.1%} → {near[1].mean():.1%} ({100 * gain.mean():+.1f} ± {100 * gain.std():.1f} points) | "
+            f"{np.mean([one['random'] for one in its]):.1%} |"
+        )
+    _plot_worth(found)
+    return [*lines, "", "![With and without reclustering](drift/worth.svg)", ""]
+
+
+def _plot_courses(found: list[dict[str, Any]]) -> bool:
+    from matplotlib.figure import Figure
+
+    if not found:
+        return False
+    figure = Figure(figsize=(9, 2.3 * len(found)), layout="constrained")
+    for axes, one in zip(np.atleast_1d(figure.subplots(len(found), 1, sharex=True)), found, strict=True):
+        for name in SIGNALS:
+            axes.plot(
+                one["at"], np.array(one["course"][name]) / THRESHOLDS[name], ".-", markersize=3, linewidth=1, label=name
+            )
+        for level in (-1, 1):
+            axes.axhline(level, color="black", linewidth=0.8, linestyle="--")
+        axes.axvline(ONSET, color="grey", linewidth=0.8)
+        axes.set_yscale("symlog", linthresh=2)
+        axes.set_title(one["kind"], fontsize=10, loc="left")
+        axes.set_ylabel("effect ÷ threshold", fontsize=8)
+    axes.set_xlabel("pairs")
+    axes.legend(fontsize=8, ncols=4, frameon=False)
+    figure.savefig(PICTURES / "courses.svg", metadata={"Date": None})
+    return True
+
+
+def _plot_worth(found: list[dict[str, Any]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    groups = sorted({(one["clusters"], one["share"]) for one in found})
+    for axes, what, title in zip(
+        figure.subplots(1, 3), ("inertia", "effective_cells", "near_duplicates"),
+        ("inertia", "effective cells", "near-duplicates kept"), strict=True,
+    ):  # fmt: skip
+        for at, (name, shift) in enumerate((("without", -0.15), ("with", 0.15))):
+            for x, group in enumerate(groups):
+                y = [one[name][what] for one in found if (one["clusters"], one["share"]) == group]
+                axes.plot(np.full(len(y), x + shift), y, ".", color=f"C{at}", alpha=0.5, label=name if not x else None)
+        axes.set_xticks(range(len(groups)), [f"N {n}\n{share:.0%}" for n, share in groups], fontsize=8)
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8, frameon=False)
+    figure.savefig(PICTURES / "worth.svg", metadata={"Date": None})
+
+
+FINDINGS: list[str] = []
+
+
 def main() -> int:
     """The command line of `make drift`."""
     parser = argparse.ArgumentParser(prog="benchmarks/drift.py", description=__doc__)
@@ -410,6 +612,7 @@ def main() -> int:
         with open(DATA, "a", encoding="utf-8") as out:
             out.write(json.dumps(about | {"bundle": material.model.version} | result) + "\n")
         print(f"{name} {about['seconds']} s", file=sys.stderr, flush=True)
+    render()
     return 0
 
 
