@@ -32,12 +32,12 @@ from tests.stream.stream_writer import StreamWriter
 
 ROOT = Path(__file__).parents[2]
 BUNDLE = ROOT / "bundles" / "sample"
-SHARD = str(ROOT / "corpus" / "sample" / "sample-000001.tar")
+SHARD = str(ROOT / "corpus" / "sample" / "sample-000002.tar")
 
 
 @dataclass
 class Made:
-    """A stream of 500 pictures under the sample bundle."""
+    """A stream of 166 pictures under the sample bundle."""
 
     writer: StreamWriter
     model: LoadedModel
@@ -128,7 +128,7 @@ def test_a_dry_run_says_what_then_happens_to_recent_pairs_and_to_every_entry_and
         were, are = old.assign(vectors), new.assign(vectors)
         quota = np.abs(np.bincount(were, minlength=16) - np.bincount(are, minlength=16)).sum() / 2 / len(vectors)
         assert abs(foretold.moved - (were != are).mean()) <= max(0.02, foretold.margin)
-        assert abs(foretold.quota_moved - quota) <= 0.06  # a fifth of 500 pairs is known to this
+        assert abs(foretold.quota_moved - quota) <= 0.15  # a fifth of 166 pairs is known no better
     moved = (old.assign(of_entries) != new.assign(of_entries)).mean()
     assert predicted.entries.moved == pytest.approx(moved, abs=1e-9)
     cells = [
