@@ -208,7 +208,7 @@ DRIFTS = {
     "half in shop style": f"half of the captions read `{SHOP.format('TITLE')}`",
     "half as tags": "half of the captions are the picture's tags with commas",
 }
-ALARM_SEEDS, DELAY_SEEDS, CHURN_SEEDS, HELP_SEEDS = range(20), range(10), range(3), range(10)
+ALARM_SEEDS, DELAY_SEEDS, CHURN_SEEDS, HELP_SEEDS = range(10), range(5), range(2), range(5)
 
 
 # -- measurements ------------------------------------------------------------------------------------------------------
