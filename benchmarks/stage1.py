@@ -34,7 +34,7 @@ from PIL import Image  # noqa: E402
 
 from models.bundle import load_model, read_manifest  # noqa: E402
 from models.captioner import ARCHITECTURES, TINY, Captioner  # noqa: E402
-from models.captioning import generate  # noqa: E402
+from models.captioning import generate_from_tokens  # noqa: E402
 from models.clustering import FORMS, fit  # noqa: E402
 from models.codebook import look_up  # noqa: E402
 from models.encoding import PaddedEncoder  # noqa: E402
@@ -160,7 +160,7 @@ def _judge(captioner: Captioner, words: Vocabulary, sample: HeldOut, clean: Held
     own, families = sample.own[chosen], [sample.families[i] for i in chosen]
     texts = [sample.captions[i] for i in chosen]
     tokens, vectors = _tokens(captioner, sample.features)
-    said = _say(captioner, words, tokens[chosen], vectors[chosen])
+    said = _say(captioner, words, _seen(captioner, tokens[chosen], vectors[chosen]))
     spoken = _text_encoder().embed(said)
     bleu = corpus_bleu(
         [[t.lower().split()] for t in texts], [s.split() for s in said], smoothing_function=SmoothingFunction().method1
@@ -212,20 +212,8 @@ def _loss(
     return nats / pieces
 
 
-def _say(captioner: Captioner, words: Vocabulary, tokens: torch.Tensor, vectors: NDArray[np.uint16]) -> list[str]:
-    if captioner.config.conditioned_on == "codes":
-        return generate(captioner, words, vectors)
-    # without a codebook, every token of every image is a code of its own: the same generation, from a book of tokens
-    said = []
-    original = captioner.quantiser.codebook.codes
-    for start in range(0, len(tokens), 32):
-        part = tokens[start : start + 32]
-        captioner.quantiser.codebook.codes = part.flatten(0, 1)
-        said += generate(
-            captioner, words, np.arange(part.shape[0] * part.shape[1], dtype=np.uint16).reshape(part.shape[:2])
-        )
-    captioner.quantiser.codebook.codes = original
-    return said
+def _say(captioner: Captioner, words: Vocabulary, seen: torch.Tensor) -> list[str]:
+    return [caption for part in seen.split(32) for caption in generate_from_tokens(captioner, words, part)]
 
 
 def _ranks(spoken: NDArray[np.float32], own: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.int64]:
@@ -270,15 +258,16 @@ def _clusters(captioner: Captioner, sample: HeldOut, seed: int) -> dict[str, tup
 def _bundle() -> dict[str, Any]:
     """ITM of captions as found, generated and refined; pictures of both, and of examples."""
     model, sample = load_model(BUNDLE, "cpu"), _held_out("sample")
-    vectors = model.encode([model.decode(i) for i in sample.images])
-    said = model.caption(vectors)
+    pictures = [model.decode(i) for i in sample.images]
+    vectors = model.encode(pictures)
+    said = model.caption(vectors, pictures)
     refined = [refine(o, g) for o, g in zip(sample.captions, said, strict=True)]
     scores = {
-        n: model.match(vectors, c)
+        n: model.match(vectors, c, pictures)
         for n, c in (("original", sample.captions), ("refined", refined), ("generated", said))
     }
     shuffled = np.random.default_rng(0).permutation(len(said))
-    wrong = model.match(vectors, [sample.captions[i] for i in shuffled])
+    wrong = model.match(vectors, [sample.captions[i] for i in shuffled], pictures)
     spoken = _text_encoder().embed(said)
     near = (spoken * sample.own).sum(1)
     _draw_itm(scores)

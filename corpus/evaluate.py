@@ -27,12 +27,13 @@ from models.evaluation import auc, rate_by_family, wins
 from models.images import decode
 from models.loaded import CaptionerParts, LoadedModel
 from models.matching import text_agreement
-from models.model import Vectors
+from models.model import Picture, Vectors
 from models.refine import refine, survives
 from models.text_embeddings import TextEncoder, packaged_text_encoder
 from models.vocabulary import PAD, START, STOP, UNK, Vocabulary
 
 PARTITIONS = 2  # of the demo
+BLIP_IMAGES_AT_ONCE = 64
 CAPTION_TOKENS = 30  # the authors' loader drops what stands behind
 
 
@@ -43,16 +44,16 @@ def evaluate(bundle: Path, shards: Sequence[Path], seed: int, blip: Path | None 
     model = LoadedModel.of(manifest, contents, "cpu")
     images, captions, families, titles = _read(shards)
     started = time.perf_counter()
-    pixels = [model.decode(i) for i in images]
+    pictures = [model.decode(i) for i in images]
     decoding = time.perf_counter() - started
     started = time.perf_counter()
-    vectors = model.encode(pixels)
+    vectors = model.encode(pictures)
     encoding = time.perf_counter() - started
     started = time.perf_counter()
-    generated = model.caption(vectors)
+    generated = model.caption(vectors, pictures)
     captioning = time.perf_counter() - started
     started = time.perf_counter()
-    scores = model.match(vectors, captions)
+    scores = model.match(vectors, captions, pictures)
     matching = time.perf_counter() - started
 
     encoder = TextEncoder(packaged_text_encoder())
@@ -61,12 +62,13 @@ def evaluate(bundle: Path, shards: Sequence[Path], seed: int, blip: Path | None 
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(len(captions))
     constant = encoder.embed([Counter(generated).most_common(1)[0][0]] * len(captions))
-    negatives = model.match(vectors, [captions[i] for i in shuffled])
+    negatives = model.match(vectors, [captions[i] for i in shuffled], pictures)
     novel = [i for i, count in enumerate(Counter(families)[f] for f in families) if count == 1]
     usage = np.bincount(vectors.ravel(), minlength=model.codebook_size)
-    nats, lengths, unknown = _surprise(parts.captioner, parts.vocabulary, vectors, captions)
+    seen = torch.cat(list(model.seen(vectors, pictures)))
+    nats, lengths, unknown = _surprise(parts.captioner, parts.vocabulary, seen, captions)
     perplexity = math.exp(float(nats.sum()) / int(lengths.sum()))
-    ratio_auc = _likelihood_ratio_auc(parts, vectors, captions, [captions[i] for i in shuffled])
+    ratio_auc = _likelihood_ratio_auc(parts, seen, captions, [captions[i] for i in shuffled])
     occupancy = np.bincount(model.assign(vectors), minlength=model.clusters)
     halves = rng.permutation(len(captions)) % PARTITIONS
     cells = [np.bincount(model.assign(vectors[halves == h]), minlength=model.clusters) for h in range(PARTITIONS)]
@@ -91,7 +93,7 @@ def evaluate(bundle: Path, shards: Sequence[Path], seed: int, blip: Path | None 
         f"| … of a BLIP ITM checkpoint | {_blip_auc(blip, images, captions, shuffled)} |",
         f"| … of the agreement of T_o and T_g in text space (SIEVE) | "
         f"{auc(text_agreement(own, said), text_agreement(own[shuffled], said)):.3f} |",
-        f"| ITM: median of the refined captions | {np.median(model.match(vectors, refined)):.3f} |",
+        f"| ITM: median of the refined captions | {np.median(model.match(vectors, refined, pictures)):.3f} |",
         f"| ITM: median of the captions as found, of shuffled ones | {np.median(scores):.3f}, {np.median(negatives):.3f} |",
         f"| perplexity of the held-out captions, per word piece | {perplexity:.1f} |",
         f"| unknown pieces in the held-out captions | {unknown:.2%} |",
@@ -128,9 +130,14 @@ def _blip_auc(folder: Path | None, images: Sequence[bytes], captions: Sequence[s
     if folder is None:
         return "not measured: no checkpoint was given"
     scorer = BlipScorer(folder, choose_device())
-    pixels = [decode(i, scorer.side) for i in images]
-    others = [captions[i] for i in shuffled]
-    return f"{auc(scorer.scores(pixels, captions), scorer.scores(pixels, others)):.3f}"
+    scores: list[list[np.ndarray]] = [[], []]
+    for start in range(0, len(images), BLIP_IMAGES_AT_ONCE):
+        rows = range(start, min(start + BLIP_IMAGES_AT_ONCE, len(images)))
+        pictures = [Picture(pixels, pixels) for pixels in (decode(images[i], scorer.side) for i in rows)]
+        nothing = np.empty((len(rows), 0), np.uint16)  # it asks for no index vectors
+        for into, texts in zip(scores, (captions, [captions[i] for i in shuffled]), strict=True):
+            into.append(scorer.scores(nothing, [texts[i] for i in rows], pictures))
+    return f"{auc(*(np.concatenate(part) for part in scores)):.3f}"
 
 
 def _surviving(captions: Sequence[str], generated: Sequence[str], words_max: int | None) -> float:
@@ -157,19 +164,20 @@ def _forms(
 
 @torch.inference_mode()
 def _surprise(
-    captioner: Captioner, vocabulary: Vocabulary, vectors: Vectors, captions: Sequence[str], *, shown: bool = True
+    captioner: Captioner, vocabulary: Vocabulary, seen: torch.Tensor, captions: Sequence[str], *, shown: bool = True
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """(nats of each caption, its pieces with the stop, share of unknown pieces); without the image where not `shown`."""
+    """(nats of each caption, its pieces with the stop, share of unknown pieces); without the image where not `shown`.
+
+    seen  (n, L, D) what the decoder is shown of each image.
+    """
     pieces = vocabulary.encode(captions, captioner.config.caption_pieces_max)
-    codes = captioner.quantiser.codebook.codes
     nats: list[float] = []
     for start in range(0, len(pieces), 64):
         rows = pieces[start : start + 64]
         longest = max(map(len, rows)) + 1
         inputs = torch.tensor([[START, *r] + [PAD] * (longest - len(r) - 1) for r in rows])
         targets = torch.tensor([[*r, STOP] + [PAD] * (longest - len(r) - 1) for r in rows])
-        quantised = F.embedding(torch.from_numpy(vectors[start : start + 64].astype(np.int64)), codes)
-        logits = captioner.decoder.logits(inputs, captioner.decoder.see(quantised * float(shown)))
+        logits = captioner.decoder.logits(inputs, captioner.decoder.see(seen[start : start + 64] * float(shown)))
         lost = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PAD, reduction="none")
         nats += lost.view(targets.shape).sum(1).tolist()
     lengths = np.array([len(r) + 1 for r in pieces])
@@ -177,13 +185,13 @@ def _surprise(
 
 
 def _likelihood_ratio_auc(
-    parts: CaptionerParts, vectors: Vectors, captions: Sequence[str], others: Sequence[str]
+    parts: CaptionerParts, seen: torch.Tensor, captions: Sequence[str], others: Sequence[str]
 ) -> float:
     """What the captioner alone tells: log p(T | image) - log p(T) of true against shuffled captions."""
     ratios = []
     for texts in (captions, others):
         with_image, without = (
-            _surprise(parts.captioner, parts.vocabulary, vectors, texts, shown=shown)[0] for shown in (True, False)
+            _surprise(parts.captioner, parts.vocabulary, seen, texts, shown=shown)[0] for shown in (True, False)
         )
         ratios.append(without - with_image)
     return auc(*ratios)

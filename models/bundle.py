@@ -17,7 +17,8 @@ from models.errors import BundleError
 if TYPE_CHECKING:
     from models.model import PairModel
 
-FORMAT = 1
+FORMAT = 2  # 2: the scorer may be a BLIP checkpoint, which the manifest names ("itm")
+READABLE_FORMATS = (1, 2)
 MANIFEST = "manifest.json"
 # What decides an index vector and the gate's score: bundles that agree in these can replace each other in a stream.
 SPACE_FILES = ("encoder.safetensors", "codebook.safetensors", "matching.safetensors", "tokenizer.json")
@@ -39,8 +40,14 @@ class Manifest:
 
     @property
     def space(self) -> str:
-        """Hash of encoder, codebook, matching head and gate."""
+        """Hash of encoder, codebook, scorer and gate."""
         return str(self.data["space"])
+
+    @property
+    def blip(self) -> tuple[Path, Mapping[str, str]] | None:
+        """(folder, SHA-256 of each file) of the BLIP checkpoint that scores pairs; None where the bundle's own head does."""
+        about = self.data.get("itm", {})
+        return (Path(about["folder"]), dict(about["files"])) if about.get("scorer") == "blip" else None
 
     @property
     def complete(self) -> bool:
@@ -71,8 +78,14 @@ def read_manifest(path: Path | str) -> Manifest:
         raise BundleError(f"{path} is no model bundle: {file} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise BundleError(f"{file} is damaged: it is not JSON; fetch the bundle again") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("files"), dict):
-        raise BundleError(f"{file} is not of format {FORMAT}: it belongs to another version of this software")
+    if (
+        not isinstance(data, dict)
+        or data.get("format") not in READABLE_FORMATS
+        or not isinstance(data.get("files"), dict)
+    ):
+        raise BundleError(
+            f"{file} is not of format {' or '.join(map(str, READABLE_FORMATS))}: it belongs to another version of this software"
+        )
     if data.get("version") != content_hash({k: v for k, v in data.items() if k != "version"}):
         raise BundleError(f"{file} is damaged: its content does not have its own hash; fetch the bundle again")
     return Manifest(data)
@@ -106,13 +119,14 @@ def write_bundle(out: Path | str, contents: Mapping[str, bytes], about: Mapping[
     """Write a bundle folder as a whole, or not at all; an older one at `out` is replaced.
 
     contents  file name → bytes, from BUNDLE_FILES (CAPTIONER_FILES without clusters)
-    about     all else the manifest shall say: config, gate, clustering, baselines, training …
+    about     all else the manifest shall say: config, gate, itm, clustering, baselines, training …
     """
     out = Path(out)
     files = {n: {"sha256": hashlib.sha256(c).hexdigest(), "bytes": len(c)} for n, c in sorted(contents.items())}
-    space = content_hash(
-        {"files": {n: files[n] for n in SPACE_FILES}, "config": about["config"], "gate": about.get("gate")}
-    )
+    decides = {"files": {n: files[n] for n in SPACE_FILES}, "config": about["config"], "gate": about.get("gate")}
+    if about.get("itm", {}).get("scorer") == "blip":  # wherever its folder lies
+        decides["itm"] = about["itm"]["files"]
+    space = content_hash(decides)
     data: dict[str, Any] = {"format": FORMAT, "space": space, "files": files, **about}
     data["version"] = content_hash(data)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -132,9 +146,13 @@ def write_bundle(out: Path | str, contents: Mapping[str, bytes], about: Mapping[
     return Manifest(data)
 
 
-def load_model(path: Path | str, device: str | None = None) -> "PairModel":
+def load_model(
+    path: Path | str, device: str | None = None, *, blip: Path | None = None, matching: bool = True
+) -> "PairModel":
     """The bundle `path`, ready to work on `device` (default: a GPU where there is one). Checks every hash first.
 
+    blip      where the BLIP checkpoint of the bundle lies, if not where it was when the bundle was made
+    matching  False: `match` will not be asked for, so a BLIP need not be there
     Raises BundleError in one line: what is wrong with which file, and what to do.
     """
     manifest, contents = read_files(path)
@@ -142,7 +160,7 @@ def load_model(path: Path | str, device: str | None = None) -> "PairModel":
         raise BundleError(f"{path} has no {missing[0]}: run `tldr-stream bootstrap` on it to make it a whole bundle")
     from models.loaded import LoadedModel
 
-    return LoadedModel.of(manifest, contents, device)
+    return LoadedModel.of(manifest, contents, device, blip=blip, matching=matching)
 
 
 def load_beside(path: Path | str, live: "PairModel", device: str | None = None) -> "PairModel":

@@ -6,6 +6,7 @@ corpus full of stock phrases makes the plain decoder say them of everything. p(w
 (Ho & Salimans 2022).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,12 +57,18 @@ def generate(
     captioner: Captioner, vocabulary: Vocabulary, vectors: NDArray[np.uint16], how: Generation = GREEDY
 ) -> list[str]:
     """One caption a row of `vectors` (n, L), from the quantised tokens (paper). Never empty."""
+    captions: list[str] = []
+    for tokens in quantised(captioner, vectors):
+        captions += generate_from_tokens(captioner, vocabulary, tokens, how)
+    return captions
+
+
+def quantised(captioner: Captioner, vectors: NDArray[np.uint16]) -> Iterator[Tensor]:
+    """(b, L, D) codes of the index vectors (n, L), b ≤ BATCH at a time."""
     codes = captioner.quantiser.codebook.codes
-    captions = []
     for start in range(0, len(vectors), BATCH):
         rows = torch.from_numpy(vectors[start : start + BATCH].astype(np.int64)).to(codes.device)
-        captions += generate_from_tokens(captioner, vocabulary, F.embedding(rows, codes), how)
-    return captions
+        yield F.embedding(rows, codes)
 
 
 @torch.inference_mode()

@@ -19,9 +19,12 @@ PCA_WIDTH = 64  # the authors' code: PCA with whitening and L2 before K-Means
 ITERATIONS = 25
 STARTS = 3
 ROWS_PER_CLUSTER = 39  # Faiss's own least number of points a centroid
-MEMORY_BYTES = (
-    1 << 30
-)  # of the features that K-Means holds: 87,000 rows of histograms of 3,000 codes, a million of means
+# K-Means is given a uniform sample of so many rows a cluster, or all rows where there are fewer. A centroid is the mean of
+# its rows, so a sample of r of them costs about 1/r of the inertia: 0.8 %, and no more than 2 % of the full fit measured
+# (benchmarks/kmeans_sample.py, docs/reference.md).
+SAMPLED_PER_CLUSTER = 128
+# … within this much memory of features, 4 GiB: 119 rows a cluster of histograms of 3,000 codes at N = 3,000.
+MEMORY_BYTES = 4 << 30
 ROWS_AT_ONCE = 1024
 HELD_OUT_SHARE = 5  # one row in so many is kept apart to measure the error of rows that were not fitted
 PULLS = (
@@ -108,44 +111,70 @@ class Fit:
 
 def fit(
     vectors: NDArray[np.uint16], codebook: NDArray[np.float32], clusters: int, form: str = "mean", seed: int = 0,
-    memory_bytes: int = MEMORY_BYTES,
+    rows_max: int | None = None,
 ) -> Clustering:  # fmt: skip
     """K-Means of the index vectors (n, L) in that form; the same bytes for the same arguments on one machine.
 
-    memory_bytes  bound of the features that K-Means holds: of more rows than fit, a uniform sample is taken.
-    Raises        CorpusError where there are fewer vectors than clusters.
+    vectors   may be mapped from a file: no more than the sample is copied.
+    rows_max  of more rows, K-Means is given a uniform sample of so many; None: what `rows_sampled` says.
+    Raises    CorpusError where there are fewer vectors than clusters.
     """
     if len(vectors) < clusters:
         raise CorpusError(
             f"{len(vectors)} index vectors cannot make {clusters} clusters: fewer clusters, or a larger shard"
         )
-    sample = vectors[_sample(len(vectors), _rows_max(vectors, codebook, clusters, form, memory_bytes), seed)]
+    width = feature_width(form, vectors.shape[1], codebook)
+    sample = vectors[_sample(len(vectors), rows_max or rows_sampled(len(vectors), clusters, width), seed)]
     empty = np.empty((0, 0))
     centre, axes = _whitening(sample) if form == "pca" else (empty, empty)
     space = Clustering(form, empty, np.rint(codebook.astype(np.float64) * GRID["mean"]), centre, axes)
     mean, scale = _centre_and_scale(space, sample)
     # centred and of unit scale: float32 would pick wrong centroids of vectors with squared norms near 6e8
-    features = np.concatenate(
-        [((space.features(part) - mean) / scale).astype(np.float32) for part in _parts(sample)], dtype=np.float32
-    )
+    features = np.empty((len(sample), width), np.float32)
+    for part, into in zip(_parts(sample), _parts(features), strict=True):
+        into[:] = (space.features(part) - mean) / scale
     centroids = np.rint(kmeans(features, clusters, seed).astype(np.float64) * scale + mean)
     return Clustering(form, centroids, space.codebook, centre, axes)
 
 
 def fit_measured(
     vectors: NDArray[np.uint16], codebook: NDArray[np.float32], clusters: int, form: str = "mean", seed: int = 0,
-    memory_bytes: int = MEMORY_BYTES,
+    rows_max: int | None = None,
 ) -> Fit:  # fmt: skip
     """`fit`, and how well it does on all of `vectors`. Raises CorpusError as `fit` does."""
-    clustering = fit(vectors, codebook, clusters, form, seed, memory_bytes)
-    assigned = clustering.assign(vectors)
+    rows = rows_max or rows_sampled(len(vectors), clusters, feature_width(form, vectors.shape[1], codebook))
+    clustering = fit(vectors, codebook, clusters, form, seed, rows)
     _, scale = _centre_and_scale(clustering, vectors)
-    squares = sum(
-        float((((clustering.features(part) - clustering.centroids[to]) / scale) ** 2).sum())
-        for part, to in zip(_parts(vectors), _parts(assigned), strict=True)
-    )
-    rows = min(len(vectors), _rows_max(vectors, codebook, clusters, form, memory_bytes))
-    return Fit(clustering, rows, squares / len(vectors), np.bincount(assigned, minlength=clusters))
+    squares, occupancy = 0.0, np.zeros(clusters, np.int64)
+    for part in _parts(vectors):
+        assigned = clustering.assign(part)
+        squares += float((((clustering.features(part) - clustering.centroids[assigned]) / scale) ** 2).sum())
+        occupancy += np.bincount(assigned, minlength=clusters)
+    return Fit(clustering, min(rows, len(vectors)), squares / len(vectors), occupancy)
+
+
+@dataclass(frozen=True)
+class FeatureFit:
+    """Clusters of anything but codes, for comparison; fields as those of Fit, inertia in the features' own units."""
+
+    centroids: NDArray[np.float32]
+    rows_fitted: int
+    inertia: float
+    occupancy: NDArray[np.int64]
+
+
+def fit_features(features: NDArray[np.float32], clusters: int, seed: int = 0) -> FeatureFit:
+    """K-Means of features (n, d) as they are, which may be mapped from a file; sampled as `fit` does."""
+    import faiss
+
+    rows = rows_sampled(len(features), clusters, features.shape[1])
+    centroids = kmeans(np.ascontiguousarray(features[_sample(len(features), rows, seed)]), clusters, seed)
+    squares, occupancy = 0.0, np.zeros(clusters, np.int64)
+    for part in _parts(features):
+        distances, nearest = faiss.knn(np.ascontiguousarray(part), centroids, 1)
+        squares += float(distances.sum(dtype=np.float64))
+        occupancy += np.bincount(nearest.ravel(), minlength=clusters)
+    return FeatureFit(centroids, rows, squares / len(features), occupancy)
 
 
 def refit(live: Clustering, vectors: NDArray[np.uint16], apart: NDArray[np.uint16], seed: int = 0) -> Clustering:
@@ -256,14 +285,27 @@ def too_small(rows: int, clusters: int) -> str | None:
     )
 
 
-def _rows_max(
-    vectors: NDArray[np.uint16], codebook: NDArray[np.float32], clusters: int, form: str, memory_bytes: int
-) -> int:
-    """How many rows of float32 features fit into the memory, and never fewer than there are clusters."""
-    tokens = vectors.shape[1]
+def coarse_sample(rows: int, rows_fitted: int, clusters: int) -> str | None:
+    """What to say where memory left K-Means fewer rows a cluster than the rule wants; None where it did not."""
+    if rows_fitted >= min(rows, (SAMPLED_PER_CLUSTER * 9 // 10) * clusters):
+        return None
+    return (
+        f"K-Means saw {rows_fitted / clusters:.0f} rows a cluster, all that fit into {MEMORY_BYTES >> 30} GiB, and wants "
+        f"{SAMPLED_PER_CLUSTER}: its inertia may be more than 2 % above that of all rows; fewer clusters, or another form"
+    )
+
+
+def feature_width(form: str, tokens: int, codebook: NDArray[np.float32]) -> int:
+    """Numbers of one row in that form."""
     widths = {"raw": tokens, "pca": min(PCA_WIDTH, tokens), "histogram": len(codebook), "mean": codebook.shape[1]}
-    rows: int = memory_bytes // (4 * widths[form])
-    return max(clusters, rows)
+    return int(widths[form])
+
+
+def rows_sampled(rows: int, clusters: int, width: int, memory_bytes: int = MEMORY_BYTES) -> int:
+    """How many of `rows` rows K-Means is given: SAMPLED_PER_CLUSTER a cluster, as far as their features fit into the memory
+    as float32, and never fewer than there are clusters.
+    """
+    return min(rows, max(clusters, min(SAMPLED_PER_CLUSTER * clusters, memory_bytes // (4 * width))))
 
 
 def _sample(rows: int, most: int, seed: int) -> slice | NDArray[np.int64]:
@@ -293,9 +335,14 @@ def _histogram(vectors: NDArray[np.uint16], codes: int) -> Floats:
 
 def _whitening(vectors: NDArray[np.uint16]) -> tuple[Floats, Floats]:
     """(centre, axes) as integers; axes times 2**36, so that projections have about 16 significant bits after the shift."""
-    x = vectors.astype(np.float64)
-    centre = np.rint(x.mean(0))
-    values, directions = np.linalg.eigh(np.cov((x - centre).T))
+    centre = np.rint(sum(part.sum(0, dtype=np.float64) for part in _parts(vectors)) / len(vectors))
+    sums, squares = np.zeros(len(centre)), np.zeros((len(centre), len(centre)))
+    for part in _parts(vectors):  # whole numbers: exact as long as their sums stay below 2**53
+        centred = part - centre
+        sums += centred.sum(0)
+        squares += centred.T @ centred
+    covariance = (squares - np.outer(sums, sums) / len(vectors)) / (len(vectors) - 1)
+    values, directions = np.linalg.eigh(covariance)
     order = np.argsort(values)[::-1][: min(PCA_WIDTH, vectors.shape[1])]
     axes = directions[:, order] / np.sqrt(values[order] + 1e-9)
     return centre, np.rint(axes * 2**34)

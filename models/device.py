@@ -1,7 +1,8 @@
 """Device, threads and number format of this process, decided once, and the fingerprint of what they do to floats.
 
-Floats differ by machine, batch shape, thread count and version. A worker compares its fingerprint with the bundle's and
-warns; what it computed is recorded in any case, so that nothing has to be computed twice.
+Floats differ by machine, batch shape, thread count and version; those of the lite encoder on a CPU do not by thread count. A
+worker compares its fingerprint with the bundle's and warns; what it computed is recorded in any case, so that nothing has to
+be computed twice.
 """
 
 import platform
@@ -20,19 +21,25 @@ def choose_device(name: str | None = None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def fingerprint(device: torch.device, batch: int, dtype: torch.dtype = torch.float32) -> dict[str, str]:
-    """What can change the last bits of a result."""
+def fingerprint(
+    device: torch.device, batch: int, dtype: torch.dtype = torch.float32, *, by_threads: bool = True
+) -> dict[str, str]:
+    """What can change the last bits of an encoder's result.
+
+    by_threads  whether the number of threads can: not where one thread computes all of an image (models/lite_graph.py).
+    """
     known = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "dtype": str(dtype).removeprefix("torch."),
         "batch": str(batch),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": str(torch.get_num_threads()),
         "tf32": str(torch.backends.cuda.matmul.allow_tf32).lower(),
         "torch": torch.__version__,
         "onnxruntime": version("onnxruntime"),
         "mkldnn": str(torch.backends.mkldnn.is_available()).lower(),
     }
+    if by_threads:
+        known["threads"] = str(torch.get_num_threads())
     if device.type == "cuda":
         known["cuda"] = str(torch.version.cuda)
     return known

@@ -2,7 +2,7 @@
 
 The same image then gives the same bits wherever it stands in a batch and however full the batch is: libraries choose
 their kernels by shape, so a fixed shape is a fixed computation. tests/models/test_encoding.py holds it to that.
-The lite encoder on a CPU goes further: it is run image by image (models/lite_graph.py), and only the look-up in batches.
+The lite encoder on a CPU goes further: it and the look-up are run image by image, by one thread each (models/lite_graph.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.captioner import Captioner
 from models.codebook import look_up
+from models.device import fingerprint
 from models.errors import ShapeError
 from models.lite_encoder import LiteEncoder
 from models.lite_graph import LiteGraph
@@ -24,7 +25,7 @@ BATCH = 16  # two cores are as fast as with 32, and half as much padding is comp
 
 
 class PaddedEncoder:
-    """Encoder and quantiser of a captioner, traced once at (batch, 3, S, S)."""
+    """Encoder and quantiser of a captioner as they are now, traced once at (batch, 3, S, S)."""
 
     def __init__(
         self, captioner: Captioner, device: torch.device, batch: int | None = None, dtype: torch.dtype | None = None
@@ -40,9 +41,13 @@ class PaddedEncoder:
         self._width = captioner.config.feature_width
         self._graph: LiteGraph | None = None
         if isinstance(captioner.encoder, LiteEncoder) and device.type == "cpu":
-            self._graph = LiteGraph(captioner.encoder, self.side, torch.get_num_threads())
+            self._graph = LiteGraph(captioner.encoder, self.quantiser, self.side, torch.get_num_threads())
         else:
             self._encoder = _traced(captioner.encoder, self.batch, self.side, device, self.dtype)
+
+    def fingerprint(self) -> dict[str, str]:
+        """What can change the last bits of the features, and so an index vector, on this machine."""
+        return fingerprint(self.device, self.batch, self.dtype, by_threads=self._graph is None)
 
     @torch.inference_mode()
     def features(self, pixels: Sequence[Pixels]) -> NDArray[np.float32]:
@@ -53,17 +58,30 @@ class PaddedEncoder:
     @torch.inference_mode()
     def vectors(self, pixels: Sequence[Pixels]) -> NDArray[np.uint16]:
         """(n, L) index vectors of n images."""
-        parts = []
-        for block, count in self._blocks(pixels):
-            tokens = self.quantiser.tokens(block)
-            parts.append(look_up(tokens, self.quantiser.codebook.codes)[:count].cpu().numpy().astype(np.uint16))
+        if self._graph is not None:
+            self._refuse_other_sizes(pixels)
+            parts = [codes[None].astype(np.uint16) for codes in self._graph.codes(pixels)]
+        else:
+            codebook = self.quantiser.codebook.codes
+            parts = [
+                look_up(tokens, codebook)[:count].cpu().numpy().astype(np.uint16)
+                for tokens, count in self._tokens(pixels)
+            ]
         return np.concatenate(parts) if parts else np.empty((0, self.tokens), np.uint16)
+
+    @torch.inference_mode()
+    def image_tokens(self, pixels: Sequence[Pixels]) -> Iterator[Tensor]:
+        """(b, L, D) tokens of the images before the look-up, b ≤ batch at a time: what `authors` captions from."""
+        for tokens, count in self._tokens(pixels):
+            yield tokens[:count]
+
+    def _tokens(self, pixels: Sequence[Pixels]) -> Iterator[tuple[Tensor, int]]:
+        for block, count in self._blocks(pixels):
+            yield self.quantiser.tokens(block), count
 
     def _blocks(self, pixels: Sequence[Pixels]) -> Iterator[tuple[Tensor, int]]:
         """Features (batch, L, F) on the device, and how many of them are of images and not padding."""
-        expected = (self.side, self.side, 3)
-        if wrong := [p.shape for p in pixels if p.shape != expected]:
-            raise ShapeError(f"pixels of shape {wrong[0]} for an encoder of {expected}")
+        self._refuse_other_sizes(pixels)
         for start in range(0, len(pixels), self.batch):
             part = pixels[start : start + self.batch]
             if self._graph is not None:
@@ -72,6 +90,11 @@ class PaddedEncoder:
             else:
                 block = self._encoder(self._padded(part)).float()
             yield block, len(part)
+
+    def _refuse_other_sizes(self, pixels: Sequence[Pixels]) -> None:
+        expected = (self.side, self.side, 3)
+        if wrong := [p.shape for p in pixels if p.shape != expected]:
+            raise ShapeError(f"pixels of shape {wrong[0]} for an encoder of {expected}")
 
     def _padded(self, pixels: Sequence[Pixels]) -> Tensor:
         block = np.zeros((self.batch, self.side, self.side, 3), np.uint8)

@@ -1,7 +1,8 @@
 """A bundle's files ⇄ the networks they hold, and the model that the stream works with."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,17 +16,19 @@ from safetensors.torch import save as save_tensors
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from models.blip_matching import BlipScorer
 from models.bundle import Manifest
 from models.captioner import Captioner, CaptionerConfig
-from models.captioning import generate
+from models.captioning import BATCH as CAPTIONS_AT_ONCE
+from models.captioning import generate_from_tokens, quantised
 from models.clustering import Clustering
-from models.device import choose_device, fingerprint
+from models.device import choose_device
 from models.drift import Baseline
 from models.encoding import PaddedEncoder
-from models.errors import BundleError, ModelError
+from models.errors import BundleError, ModelError, ShapeError
 from models.images import decode
-from models.matching import MatchingHead, match
-from models.model import Pixels, Vectors
+from models.matching import MatchingHead, OwnScorer, Scorer
+from models.model import Picture, Vectors
 from models.vocabulary import Vocabulary
 
 # The output layer shares its weights with the input embeddings; safetensors stores no tensor twice.
@@ -78,38 +81,104 @@ def centroids_content(centroids: NDArray[np.float32]) -> bytes:
     return save_arrays({"centroids": centroids})
 
 
-class LoadedModel:
-    """models.model.PairModel of a bundle: what each method promises stands there."""
+class LoadedCaptioner:
+    """A captioner at work, with or without clusters: all of models.model.PairModel but `assign`, as it is promised there."""
 
-    def __init__(self, manifest: Manifest, parts: CaptionerParts, clustering: Clustering, device: torch.device) -> None:
+    def __init__(self, parts: CaptionerParts, device: torch.device, scorer: Scorer | None = None) -> None:
+        """scorer  the bundle's own head if it is None."""
+        config = parts.captioner.config
+        self.tokens, self.codebook_size = config.tokens, config.codes
+        self._sees_images = config.conditioned_on == "image"
+        self._side = config.side
+        self._captioner = parts.captioner.to(device).eval()
+        self._vocabulary = parts.vocabulary
+        codes = self._captioner.quantiser.codebook.codes
+        self._scorer: Scorer = scorer or OwnScorer(parts.matching.to(device).eval(), parts.vocabulary, codes)
+        self._judged_side = scorer.side if isinstance(scorer, BlipScorer) else None
+        self._encoder = PaddedEncoder(parts.captioner, device)
+        self.batch = self._encoder.batch
+        self.fingerprint = self._encoder.fingerprint()
+
+    @property
+    def needs_pictures(self) -> bool:
+        """Whether `match` or `caption` looks at more than index vectors."""
+        return self._sees_images or self._judged_side is not None
+
+    def decode(self, image: bytes | memoryview) -> Picture:
+        """Pixels in the encoder's size, and in a BLIP's where one judges."""
+        pixels = decode(image, self._side)
+        return Picture(pixels, None if self._judged_side is None else decode(image, self._judged_side))
+
+    def encode(self, pictures: Sequence[Picture]) -> Vectors:
+        """(n, L) index vectors."""
+        return self._encoder.vectors([p.pixels for p in pictures])
+
+    def features(self, pictures: Sequence[Picture]) -> NDArray[np.float32]:
+        """(n, L, F) of the encoder."""
+        return self._encoder.features([p.pixels for p in pictures])
+
+    def match(self, vectors: Vectors, captions: Sequence[str], pictures: Sequence[Picture] = ()) -> NDArray[np.float32]:
+        """(n,) scores in [0, 1]."""
+        return self._scorer.scores(vectors, captions, pictures)
+
+    def caption(self, vectors: Vectors, pictures: Sequence[Picture] = ()) -> list[str]:
+        """One generated caption a row."""
+        captions: list[str] = []
+        for seen in self.seen(vectors, pictures):
+            captions += generate_from_tokens(self._captioner, self._vocabulary, seen)
+        return captions
+
+    def seen(self, vectors: Vectors, pictures: Sequence[Picture] = ()) -> Iterator[Tensor]:
+        """(b, L, D) what the decoder is shown of each image, b ≤ CAPTIONS_AT_ONCE at a time: its codes (paper), or its tokens.
+
+        Tokens are computed again from the picture instead of being kept from `encode`: of a batch of pairs only the kept
+        ones need them, and as floats they are a thousand times as large as the vectors.
+        """
+        if not self._sees_images:
+            yield from quantised(self._captioner, vectors)
+            return
+        if len(pictures) != len(vectors):
+            raise ShapeError("this captioner's decoder is shown the image's own tokens: pass the pictures, too")
+        for tokens in self._encoder.image_tokens([p.pixels for p in pictures]):
+            yield from tokens.split(CAPTIONS_AT_ONCE)
+
+
+class LoadedModel(LoadedCaptioner):
+    """models.model.PairModel of a bundle."""
+
+    def __init__(
+        self, manifest: Manifest, parts: CaptionerParts, clustering: Clustering, device: torch.device,
+        scorer: Scorer | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(parts, device, scorer)
         self.manifest = manifest
         self.version = manifest.version[:16]
         self.space = manifest.space
-        self.tokens = parts.captioner.config.tokens
-        self.codebook_size = parts.captioner.config.codes
         self.clusters = len(clustering.centroids)
         gate = manifest.data.get("gate")
         self.gate: float | None = None if gate is None else float(gate)
         self.made_with: dict[str, str] = manifest.data.get("fingerprint", {})
-        self._side = parts.captioner.config.side
-        self._captioner = parts.captioner.to(device).eval()
-        self._vocabulary = parts.vocabulary
-        self._matching = parts.matching.to(device).eval()
         self.clustering: Clustering | None = clustering
         self.baseline: Baseline | None = Baseline.of(manifest.data)
         self._clustering = clustering
-        self._encoder = PaddedEncoder(parts.captioner, device)
-        self.batch = self._encoder.batch
-        self.fingerprint = fingerprint(device, self.batch, self._encoder.dtype)
 
     @staticmethod
-    def of(manifest: Manifest, contents: Mapping[str, bytes], device: str | None = None) -> "LoadedModel":
-        """From the checked files of a bundle."""
+    def of(
+        manifest: Manifest, contents: Mapping[str, bytes], device: str | None = None, *, blip: Path | None = None,
+        matching: bool = True,
+    ) -> "LoadedModel":  # fmt: skip
+        """From the checked files of a bundle; `load_model` says what the options mean."""
         if problem := manifest.unfit_for_streams:
             raise BundleError(problem)
         parts = CaptionerParts.of(manifest, contents)
         clustering = _clustering_in(manifest, contents, parts.captioner)
-        return LoadedModel(manifest, parts, clustering, choose_device(device))
+        chosen, scorer = choose_device(device), None
+        if blip is not None and manifest.blip is None:
+            raise BundleError("the bundle scores pairs with its own head: it has no BLIP that could lie elsewhere")
+        if matching and manifest.blip is not None:
+            folder, files = manifest.blip
+            scorer = BlipScorer(blip or folder, chosen, files)
+        return LoadedModel(manifest, parts, clustering, chosen, scorer)
 
     def with_clusters(self, manifest: Manifest, contents: Mapping[str, bytes]) -> "LoadedModel":
         """The model of another bundle with the same networks, which the two then share. Raises BundleError."""
@@ -118,29 +187,14 @@ class LoadedModel:
         other = copy.copy(self)
         other.manifest, other.version = manifest, manifest.version[:16]
         other.made_with = manifest.data.get("fingerprint", {})
-        other._clustering = _clustering_in(manifest, contents, self._captioner)
+        other.clustering = other._clustering = _clustering_in(manifest, contents, self._captioner)
+        other.baseline = Baseline.of(manifest.data)
         other.clusters = len(other._clustering.centroids)
         return other
-
-    def decode(self, image: bytes | memoryview) -> Pixels:
-        """(S, S, 3) RGB."""
-        return decode(image, self._side)
-
-    def encode(self, pixels: Sequence[Pixels]) -> Vectors:
-        """(n, L) index vectors."""
-        return self._encoder.vectors(pixels)
 
     def assign(self, vectors: Vectors) -> NDArray[np.int32]:
         """(n,) clusters."""
         return self._clustering.assign(vectors)
-
-    def match(self, vectors: Vectors, captions: Sequence[str]) -> NDArray[np.float32]:
-        """(n,) scores in [0, 1]."""
-        return match(self._matching, self._vocabulary, self._captioner.quantiser.codebook.codes, vectors, captions)
-
-    def caption(self, vectors: Vectors) -> list[str]:
-        """One generated caption a row."""
-        return generate(self._captioner, self._vocabulary, vectors)
 
 
 def _clustering_in(manifest: Manifest, contents: Mapping[str, bytes], captioner: Captioner) -> Clustering:

@@ -6,7 +6,7 @@ calibrated so that 0.5 means "as likely a pair as not" among as many true as shu
 """
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,31 +14,31 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from models.model import Picture, Vectors
 from models.vocabulary import UNK, Vocabulary
 
 TEXT_PIECES_MAX = 64  # of a long caption the beginning is judged
 
 
-Images_contra = TypeVar("Images_contra", contravariant=True)
-
-
-class Scorer(Protocol[Images_contra]):
+class Scorer(Protocol):
     """Says how well captions fit their images: a number in [0, 1] a pair, a function of that pair alone."""
 
-    def scores(self, images: Images_contra, captions: Sequence[str]) -> NDArray[np.float32]:
-        """(n,) of n images, as index vectors (the bundle's own) or as pixels (BLIP's), each with the caption beside it."""
+    def scores(self, vectors: Vectors, captions: Sequence[str], pictures: Sequence[Picture]) -> NDArray[np.float32]:
+        """(n,) of n images, each with the caption beside it. The bundle's own looks at index vectors, BLIP's at pictures."""
         ...
 
 
 class OwnScorer:
-    """The bundle's own head, from index vectors: what a stream uses."""
+    """The bundle's own head, from index vectors: what a stream uses unless its bundle was made with a BLIP."""
 
     def __init__(self, head: "MatchingHead", vocabulary: Vocabulary, codebook: Tensor) -> None:
         self._head, self._vocabulary, self._codebook = head, vocabulary, codebook
 
-    def scores(self, images: NDArray[np.uint16], captions: Sequence[str]) -> NDArray[np.float32]:
-        """(n,) in [0, 1]; images are index vectors (n, L)."""
-        return match(self._head, self._vocabulary, self._codebook, images, captions)
+    def scores(
+        self, vectors: Vectors, captions: Sequence[str], pictures: Sequence[Picture] = ()
+    ) -> NDArray[np.float32]:
+        """(n,) in [0, 1] of index vectors (n, L)."""
+        return match(self._head, self._vocabulary, self._codebook, vectors, captions)
 
 
 class MatchingHead(nn.Module):

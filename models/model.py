@@ -1,11 +1,12 @@
 """What the stream may ask of a model: five steps, each a function of its arguments alone. Knows no network library.
 
-Everything after `encode` is a function of the index vector, since the decoder sees the quantised tokens (paper §3.2): an
-image is encoded once, and what was recorded is enough to decide everything again.
+Clusters are functions of the index vector alone, so what was recorded is enough to find every one of them again. In the
+paper's architecture captions are, too (§3.2: the decoder sees the quantised tokens), and scores where the bundle's own head
+judges. Captions of `authors` and scores of a BLIP need the picture beside the vector.
 """
 
 from collections.abc import Sequence
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,13 @@ from models.drift import Baseline
 
 Pixels: TypeAlias = NDArray[np.uint8]  # (S, S, 3) RGB
 Vectors: TypeAlias = NDArray[np.uint16]  # (n, L) codebook indices
+
+
+class Picture(NamedTuple):
+    """What a model sees of one image, decoded once: nothing that was counted can turn out to be unreadable later."""
+
+    pixels: Pixels  # for the encoder
+    judged: Pixels | None = None  # in the size of a scorer that looks at the image itself
 
 
 class PairModel(Protocol):
@@ -32,11 +40,11 @@ class PairModel(Protocol):
     clustering: Clustering | None  # what `assign` assigns by, None where there is nothing to measure an error by
     baseline: Baseline | None  # what drift is measured against, None without a bundle
 
-    def decode(self, image: bytes | memoryview) -> Pixels:
-        """(S, S, 3) RGB. Thread safe. Raises models.errors.BadImage."""
+    def decode(self, image: bytes | memoryview) -> Picture:
+        """What the steps below look at. Thread safe. Raises models.errors.BadImage."""
         ...
 
-    def encode(self, pixels: Sequence[Pixels]) -> Vectors:
+    def encode(self, pictures: Sequence[Picture]) -> Vectors:
         """(n, L) index vectors; an image's vector does not depend on the others or on its place among them."""
         ...
 
@@ -44,10 +52,10 @@ class PairModel(Protocol):
         """(n,) clusters in [0, N): a pure function of each row."""
         ...
 
-    def match(self, vectors: Vectors, captions: Sequence[str]) -> NDArray[np.float32]:
-        """(n,) image-text matching scores in [0, 1]."""
+    def match(self, vectors: Vectors, captions: Sequence[str], pictures: Sequence[Picture] = ()) -> NDArray[np.float32]:
+        """(n,) image-text matching scores in [0, 1]. Raises ShapeError where the bundle's scorer needs the pictures."""
         ...
 
-    def caption(self, vectors: Vectors) -> list[str]:
-        """T_g, one generated caption a row."""
+    def caption(self, vectors: Vectors, pictures: Sequence[Picture] = ()) -> list[str]:
+        """T_g, one generated caption a row. Raises ShapeError where the bundle's decoder needs the pictures."""
         ...

@@ -8,6 +8,7 @@ import hashlib
 import re
 import zlib
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from models.clustering import Clustering
 from models.drift import Baseline
 from models.errors import BadImage, BundleError, Reason
-from models.model import Pixels, Vectors
+from models.model import Picture, Vectors
 
 DIGEST_BYTES = 4  # the "pixels" are a check sum
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -25,6 +26,8 @@ END_BYTES = 256
 HASHED_CODES = 8
 # What is worked on at once stays in a core's cache.
 ROWS_AT_ONCE = 128
+
+_picture = partial(tuple.__new__, Picture)
 
 
 class NullModel:
@@ -56,7 +59,7 @@ class NullModel:
             raise BundleError(f"{uri} is no null model: give null:SEED or null:SEED/CLUSTERS")
         return cls(seed=int(found[1]), clusters=int(found[2] or 3000))
 
-    def decode(self, image: bytes | memoryview) -> Pixels:
+    def decode(self, image: bytes | memoryview) -> Picture:
         """(4,) a check sum of its ends and its size. Raises BadImage for none, and for those that start with b"BAD"."""
         if not image or image[:3] == b"BAD":
             raise BadImage(Reason.NOT_AN_IMAGE, f"{len(image)} bytes that are empty or planted as bad")
@@ -66,17 +69,17 @@ class NullModel:
             if size > END_BYTES
             else zlib.crc32(image)
         )
-        return np.frombuffer(ends.to_bytes(DIGEST_BYTES, "little"), np.uint8)
+        return _picture((np.frombuffer(ends.to_bytes(DIGEST_BYTES, "little"), np.uint8), None))
 
-    def encode(self, pixels: Sequence[Pixels]) -> Vectors:
+    def encode(self, pictures: Sequence[Picture]) -> Vectors:
         """(n, L) uniform indices, each a hash of the digest and of its place."""
-        if not len(pixels):
+        if not len(pictures):
             return np.empty((0, self.tokens), np.uint16)
         # An odd seed times an odd constant of the place, in 32 bits: eight lanes a step where 64 bits and a division have one.
-        seeds = np.concatenate(pixels).view(np.uint32).reshape(-1, 1) | np.uint32(1)
+        seeds = np.concatenate([picture.pixels for picture in pictures]).view(np.uint32).reshape(-1, 1) | np.uint32(1)
         places = _mixed(np.arange(1, self.tokens + 1, dtype=np.uint64) * GOLDEN).astype(np.uint32) | np.uint32(1)
-        codes = np.empty((len(pixels), self.tokens), np.uint16)
-        for start in range(0, len(pixels), ROWS_AT_ONCE):
+        codes = np.empty((len(pictures), self.tokens), np.uint16)
+        for start in range(0, len(pictures), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             mixed = seeds[rows] * places
             mixed ^= mixed >> np.uint32(15)
@@ -94,13 +97,13 @@ class NullModel:
             hashes = _mixed(hashes + np.uint64(self.seed * int(GOLDEN) % 2**64))
         return (hashes % np.uint64(self.clusters)).astype(np.int32)
 
-    def match(self, vectors: Vectors, captions: Sequence[str]) -> NDArray[np.float32]:
+    def match(self, vectors: Vectors, captions: Sequence[str], pictures: Sequence[Picture] = ()) -> NDArray[np.float32]:
         """(n,) a hash of row and caption, uniform in [0, 1)."""
         words = np.array([zlib.crc32(c.encode("utf-8", "surrogatepass")) for c in captions], np.uint64)
         mixed = _mixed(self._row_hashes(vectors) + words * GOLDEN)
         return (mixed >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
 
-    def caption(self, vectors: Vectors) -> list[str]:
+    def caption(self, vectors: Vectors, pictures: Sequence[Picture] = ()) -> list[str]:
         """The row's first codes as words."""
         return ["codes" + " %d" * len(row) % tuple(row) for row in vectors[:, :4].tolist()]
 

@@ -1,6 +1,8 @@
 """`bootstrap`: index vectors of a bootstrap shard → K-Means centroids → a model bundle that workers can load.
 
-The shard also gives what later data is compared with: the gate (its median ITM) and the baselines of drift.
+The shard also gives what later data is compared with: the gate (its median ITM) and the baselines of drift. Its index vectors,
+or features, lie on disk while clusters are fitted; memory is bounded by IMAGES_AT_ONCE, by the sample that is judged, and by
+what K-Means holds (models/clustering.py). Only ids grow with it: those of excluded pairs, and a topic's, some 100 bytes each.
 """
 
 from __future__ import annotations
@@ -8,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from state.settings import rule_named
@@ -17,11 +21,21 @@ from stream.pair_sources import BadEntry, SourcePair, open_source
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from numpy.typing import NDArray
 
-    from models.model import Pixels, Vectors
+    from models.blip_matching import BlipScorer
+    from models.bundle import Manifest
+    from models.clustering import FeatureFit, Fit
+    from models.loaded import LoadedCaptioner
+    from models.model import Picture, Vectors
+    from models.shard_files import PairSample
+    from models.text_embeddings import TextEncoder
 
-IMAGES_AT_ONCE = 512
+IMAGES_AT_ONCE = 256
+JUDGED_AT_ONCE = 64
+# Pairs that gate and baselines are taken from, a uniform sample: the median is then within 1 % of all pairs' (95 %).
+JUDGED_MAX = 10_000
 DEFAULT_CLUSTERS = 3000  # paper, Table 2f
 DEFAULT_FORM = "mean"  # measured: bundles/FIGURES.md
 # The paper clusters the indices as they are; the authors' code takes PCA with whitening of them.
@@ -33,17 +47,25 @@ EXAMPLES = 8
 
 @dataclass(frozen=True)
 class MatchingFigures:
-    """How the bundle's own scorer judges pairs, and whether training has seen them."""
+    """How the bundle's scorer and the agreement of T_o and T_g (SIEVE) judge pairs, and whether training has seen them."""
 
+    scorer: str
     pairs: int
     held_out: bool
     median: float
     auc: float
+    agreement_median: float | None  # None: no text encoder was at hand
+    agreement_auc: float | None
 
     def line(self) -> str:
         """For a person."""
         of = "held-out pairs" if self.held_out else "pairs of the shard itself (held none out: --held-out)"
-        return f"gate (median ITM) {self.median:.3f} and AUC {self.auc:.3f} against shuffled captions, of {self.pairs:,} {of}"
+        agreement = "not measured" if self.agreement_auc is None else f"{self.agreement_auc:.3f}"
+        scorer = "the bundle's head" if self.scorer == "own" else "BLIP"
+        return (
+            f"gate (median ITM) {self.median:.3f}; AUC against shuffled captions: {scorer} {self.auc:.3f}, agreement of T_o "
+            f"and T_g {agreement}; of {self.pairs:,} {of}"
+        )
 
 
 @dataclass(frozen=True)
@@ -117,16 +139,6 @@ class SweepResult:
         yield "a cell of fewer pairs than 1/M keeps one or none of them: the fewer, the more chance decides"
 
 
-@dataclass(frozen=True)
-class _Encoded:
-    """The pairs of a shard whose images decode."""
-
-    vectors: Vectors
-    captions: list[str]
-    images: NDArray[np.float32]  # (n, F) mean features of the encoder, where they were asked for
-    bad: int
-
-
 def bootstrap(
     sources: Sequence[str],
     captioner: Path,
@@ -139,6 +151,8 @@ def bootstrap(
     exclude: Sequence[str] = (),
     held_out: Sequence[str] = (),
     topic_pairs: Callable[[], Iterable[SourcePair | BadEntry]] | None = None,
+    itm: str | None = None,
+    text_encoder: str | None = None,
     seed: int = 0,
     device: str | None = None,
     progress: Callable[[str], None] = print,
@@ -150,75 +164,83 @@ def bootstrap(
     captioner    a folder that `train` wrote, or another bundle whose clusters shall be replaced.
     held_out     pairs that training has not seen, for the gate and the baseline of ITM; the shard itself without any.
     topic_pairs  more pairs of the shard, those of a Kafka topic.
+    itm          "own", the bundle's head, or "blip:FOLDER"; None: what `captioner` has.
+    text_encoder a BERT that embeds captions; None: the packaged one.
     Raises       ModelError for a damaged captioner or fewer pairs than clusters, TldrError for a source without pairs.
     """
     import numpy as np
 
     from models.bundle import write_bundle
-    from models.clustering import fit_measured, held_out_errors, kmeans, too_small
-    from models.device import fingerprint
+    from models.clustering import coarse_sample, fit_features, fit_measured, held_out_errors, too_small
     from models.drift import error_baseline
-    from models.evaluation import auc
     from models.loaded import centroids_content, clusters_content
-    from models.matching import OwnScorer
 
     clusters = clusters or (rule_named(rule).clusters if rule else DEFAULT_CLUSTERS)
     form = form or (RULE_FORMS[rule] if rule else DEFAULT_FORM)
     if feature not in FEATURES:
         raise TldrError(f"--feature {feature}: use one of {', '.join(FEATURES)}")
-    shard = _Shard(captioner, device, exclude, progress)
-    encoded = shard.of(sources, topic_pairs, images=feature == "image")
-    if len(encoded.captions) < clusters:
-        raise TldrError(
-            f"{len(encoded.captions):,} pairs cannot make {clusters:,} clusters: a larger shard, "
-            f"or --clusters {max(1, len(encoded.captions) // 39)}"
+    shard = _Shard(captioner, device, exclude, progress, itm=itm, text_encoder=text_encoder)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{out.name}.bootstrap-", dir=out.parent) as work:
+        encoded = shard.of(
+            sources,
+            topic_pairs,
+            Path(work) / "shard",
+            feature=feature,
+            sampled=0 if held_out else JUDGED_MAX,
+            seed=seed,
         )
-    judged = shard.encoded(_all(held_out, None)) if held_out else encoded
-    codes = shard.parts.captioner.quantiser.codebook.codes.cpu()
-    contents = dict(shard.contents)
-    if feature == "codes":
-        fitted = fit_measured(encoded.vectors, codes.numpy(), clusters, form, seed)
-        occupancy, inertia, rows = fitted.occupancy, fitted.inertia, fitted.rows_fitted
-        contents["clusters.safetensors"] = clusters_content(fitted.clustering)
-        errors = error_baseline(held_out_errors(encoded.vectors, codes.numpy(), clusters, form, seed))
-    else:
-        form, errors = "as it is", None
-        features = encoded.images if feature == "image" else _embedded(encoded.captions)
-        centroids = kmeans(features, clusters, seed)
-        occupancy, inertia = _nearest(features, centroids)
-        rows = len(features)
-        contents["clusters.safetensors"] = centroids_content(centroids)
-    scorer = OwnScorer(shard.parts.matching.cpu(), shard.parts.vocabulary, codes)
-    scores = scorer.scores(judged.vectors, judged.captions)
-    order = np.random.default_rng(seed).permutation(len(scores))
-    shuffled = scorer.scores(judged.vectors, [judged.captions[i] for i in order])
-    matching = MatchingFigures(
-        len(scores), bool(held_out), round(float(np.median(scores)), 6), round(auc(scores, shuffled), 6)
-    )
-    usage = np.bincount(encoded.vectors.ravel(), minlength=len(codes))
+        if encoded.pairs < clusters:
+            raise TldrError(
+                f"{encoded.pairs:,} pairs cannot make {clusters:,} clusters: a larger shard, "
+                f"or --clusters {max(1, encoded.pairs // 39)}"
+            )
+        judged = encoded.sample
+        if held_out:
+            judged = shard.encoded(_all(held_out, None), Path(work) / "held-out", sampled=JUDGED_MAX, seed=seed).sample
+        codes = shard.parts.captioner.quantiser.codebook.codes.cpu().numpy()
+        contents = dict(shard.contents)
+        fitted: Fit | FeatureFit
+        if feature == "codes":
+            fitted = fit_measured(encoded.vectors, codes, clusters, form, seed)
+            contents["clusters.safetensors"] = clusters_content(fitted.clustering)
+            errors = error_baseline(held_out_errors(encoded.vectors, codes, clusters, form, seed))
+        else:
+            form, errors = "as it is", None
+            fitted = fit_features(encoded.features, clusters, seed)
+            contents["clusters.safetensors"] = centroids_content(fitted.centroids)
+        judgement = _judge(shard, judged, seed)
+    scores, matching = judgement.scores, judgement.figures(held_out=bool(held_out))
     about = {k: v for k, v in shard.manifest.data.items() if k not in ("version", "space", "files", "format")}
     about |= {
         "gate": matching.median,
-        "fingerprint": fingerprint(shard.encoder.device, shard.encoder.batch, shard.encoder.dtype),
-        "clustering": {"feature": feature, "form": form, "clusters": clusters, "seed": seed, "inertia": inertia},
+        "itm": shard.itm,
+        "fingerprint": shard.model.fingerprint,
+        "clustering": {
+            "feature": feature, "form": form, "clusters": clusters, "seed": seed, "inertia": fitted.inertia,
+            "rows": fitted.rows_fitted,
+        },
         "baselines": {
-            "pairs": len(encoded.captions),
+            "pairs": encoded.pairs,
             "itm_pairs": matching.pairs,
             "itm_held_out": matching.held_out,
             "itm_auc": matching.auc,
             "itm_histogram": np.histogram(scores, bins=HISTOGRAM_BINS, range=(0, 1))[0].tolist(),
-            "cluster_occupancy": occupancy.tolist(),
-            "code_usage": usage.tolist(),
+            "agreement_auc": matching.agreement_auc,
+            "agreement_median": matching.agreement_median,
+            "cluster_occupancy": fitted.occupancy.tolist(),
+            "code_usage": encoded.usage.tolist(),
             **({} if errors is None else {"quantisation_error": errors}),
         },
-        "examples": _examples(shard, judged, scores),
-    }
+        "examples": judgement.examples(),
+    }  # fmt: skip
     written = write_bundle(out, contents, about)
+    occupancy = fitted.occupancy
     return BootstrapResult(
-        out, written.version, feature, form, len(encoded.captions), rows, encoded.bad, clusters,
-        int((occupancy == 0).sum()), int(occupancy.min()), float(np.median(occupancy)), int(occupancy.max()), inertia,
-        too_small(rows, clusters), matching.median, matching, int((usage > 0).sum()),
-        sum(f["bytes"] for f in written.data["files"].values()),
+        out, written.version, feature, form, encoded.pairs, fitted.rows_fitted, encoded.bad, clusters,
+        int((occupancy == 0).sum()), int(occupancy.min()), float(np.median(occupancy)), int(occupancy.max()), fitted.inertia,
+        too_small(encoded.pairs, clusters) or coarse_sample(encoded.pairs, fitted.rows_fitted, clusters), matching.median,
+        matching, int((encoded.usage > 0).sum()), sum(f["bytes"] for f in written.data["files"].values()),
     )  # fmt: skip
 
 
@@ -244,88 +266,193 @@ def sweep(
 
     from models.clustering import fit_measured
 
-    shard = _Shard(captioner, device, exclude, progress)
-    encoded = shard.of(sources, topic_pairs)
+    shard, found = _Shard(captioner, device, exclude, progress, judges=False), []
     codes = shard.parts.captioner.quantiser.codebook.codes.cpu().numpy()
-    found = []
-    for count in clusters:
-        fitted = fit_measured(encoded.vectors, codes, count, form or DEFAULT_FORM, seed)
-        sizes = fitted.occupancy
-        progress(f"{count:,} clusters fitted")
-        cell = float(np.median(sizes)) / len(encoded.captions) * volume / partitions
-        least, median, most, empty = sizes.min(), np.median(sizes), sizes.max(), (sizes == 0).sum()
-        found.append(Sweep(count, fitted.inertia, int(least), float(median), int(most), int(empty), cell))
-    return SweepResult(len(encoded.captions), volume, partitions, found)
+    with TemporaryDirectory(prefix="tldr-sweep-") as work:
+        encoded = shard.of(sources, topic_pairs, Path(work) / "shard")
+        for count in clusters:
+            fitted = fit_measured(encoded.vectors, codes, count, form or DEFAULT_FORM, seed)
+            sizes = fitted.occupancy
+            progress(f"{count:,} clusters fitted")
+            cell = float(np.median(sizes)) / encoded.pairs * volume / partitions
+            least, median, most, empty = sizes.min(), np.median(sizes), sizes.max(), (sizes == 0).sum()
+            found.append(Sweep(count, fitted.inertia, int(least), float(median), int(most), int(empty), cell))
+    return SweepResult(encoded.pairs, volume, partitions, found)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """The pairs of a shard whose images decode; rows and sample lie on disk, in the folder that was given."""
+
+    pairs: int
+    bad: int
+    vectors: Vectors  # (n, L), mapped
+    features: NDArray[
+        np.float32
+    ]  # (n, F) mean features of the encoder or embeddings of the captions, mapped; else empty
+    usage: NDArray[np.int64]  # (K,) how often each code was chosen
+    sample: PairSample
 
 
 class _Shard:
-    """A captioner, and what it makes of pairs."""
+    """A captioner, and what it makes of pairs. Memory holds IMAGES_AT_ONCE of them, whatever the shard's size."""
 
     def __init__(
-        self, captioner: Path, device: str | None, exclude: Sequence[str], progress: Callable[[str], None]
+        self,
+        captioner: Path,
+        device: str | None,
+        exclude: Sequence[str],
+        progress: Callable[[str], None],
+        *,
+        judges: bool = True,
+        itm: str | None = None,
+        text_encoder: str | None = None,
     ) -> None:
         from models.bundle import read_files
         from models.device import choose_device
-        from models.encoding import PaddedEncoder
-        from models.loaded import CaptionerParts
+        from models.loaded import CaptionerParts, LoadedCaptioner
 
         self.manifest, self.contents = read_files(captioner)
         self.parts = CaptionerParts.of(self.manifest, self.contents)
-        self.encoder = PaddedEncoder(self.parts.captioner, choose_device(device))
+        chosen = choose_device(device)
+        scorer = _blip(self.manifest, itm, chosen) if judges else None
+        self.itm = scorer.about() if scorer else {"scorer": "own"}
+        self.model = LoadedCaptioner(self.parts, chosen, scorer)
         self.excluded = {p.id for p in _all(exclude, None)}
-        self._progress = progress
+        self._text_encoder_at = text_encoder
+        self.progress = progress
+
+    @cached_property
+    def text_encoder(self) -> TextEncoder:
+        """Raises CorpusError where there is none."""
+        from models.text_embeddings import TextEncoder, packaged_text_encoder
+
+        return TextEncoder(self._text_encoder_at or packaged_text_encoder())
 
     def of(
-        self, sources: Sequence[str], topic_pairs: Callable[[], Iterable[SourcePair | BadEntry]] | None, *,
-        images: bool = False,
-    ) -> _Encoded:  # fmt: skip
+        self,
+        sources: Sequence[str],
+        topic_pairs: Callable[[], Iterable[SourcePair | BadEntry]] | None,
+        folder: Path,
+        *,
+        feature: str = "codes",
+        sampled: int = 0,
+        seed: int = 0,
+    ) -> _Encoded:
         """The bootstrap shard without what is excluded. Raises TldrError where no image can be decoded."""
-        return self.encoded((p for p in _all(sources, topic_pairs) if p.id not in self.excluded), images=images)
+        pairs = (p for p in _all(sources, topic_pairs) if p.id not in self.excluded)
+        return self.encoded(pairs, folder, feature=feature, sampled=sampled, seed=seed)
 
-    def encoded(self, pairs: Iterator[SourcePair], *, images: bool = False) -> _Encoded:
+    def encoded(
+        self, pairs: Iterator[SourcePair], folder: Path, *, feature: str = "codes", sampled: int = 0, seed: int = 0
+    ) -> _Encoded:
         """Raises TldrError where no image can be decoded."""
         import numpy as np
 
-        vectors, features, captions, bad = [], [], [], 0
+        from models.shard_files import PairSample, RowFile
+
+        folder.mkdir()
+        rows, features = RowFile(folder / "vectors", np.uint16), RowFile(folder / "features", np.float32)
+        sample = PairSample(folder / "sample", sampled, seed)
+        usage, count, bad = np.zeros(self.model.codebook_size, np.int64), 0, 0
         for part in _chunks(pairs, IMAGES_AT_ONCE):
-            decoded = _decoded(part, self.encoder.side)
+            decoded = _decoded(part, self.model)
             bad += len(part) - len(decoded)
-            pixels = [p for _, p in decoded]
-            vectors.append(self.encoder.vectors(pixels))
-            if images:
-                features.append(self.encoder.features(pixels).mean(1))
-            captions += [p.caption for p, _ in decoded]
-            self._progress(f"{len(captions):,} images encoded")
-        if not captions:
+            if not decoded:
+                continue
+            pictures = [picture for _, picture in decoded]
+            vectors = self.model.encode(pictures)
+            rows.append(vectors)
+            usage += np.bincount(vectors.ravel(), minlength=len(usage))
+            if feature == "image":
+                features.append(self.model.features(pictures).mean(1))
+            elif feature == "text":
+                features.append(self.text_encoder.embed([pair.caption for pair, _ in decoded]))
+            for (pair, _), vector in zip(decoded, vectors, strict=True):
+                sample.offer(pair.image or b"", pair.caption, vector)
+            count += len(decoded)
+            self.progress(f"{count:,} images encoded")
+        if not count:
             raise TldrError("no image of the source could be decoded: bootstrap needs a shard of good pairs")
-        pooled = np.concatenate(features) if images else np.empty((0, 0), np.float32)
-        return _Encoded(np.concatenate(vectors), captions, pooled, bad)
+        return _Encoded(count, bad, rows.mapped(), features.mapped(), usage, sample)
 
 
-def _examples(shard: _Shard, judged: _Encoded, scores: NDArray[np.float32]) -> list[dict[str, object]]:
-    """The first pairs with what is generated for them: `bundle inspect` shows them."""
-    from models.captioning import generate
+@dataclass(frozen=True)
+class _Judgement:
+    """What the scorer, and the agreement in text space, say of a sample of pairs and of the same with captions shuffled."""
 
-    generated = generate(shard.parts.captioner, shard.parts.vocabulary, judged.vectors[:EXAMPLES])
-    return [
-        {"caption": caption, "generated": text, "itm": round(float(score), 4)}
-        for caption, text, score in zip(judged.captions, generated, scores, strict=False)
-    ]
+    scorer: str
+    scores: NDArray[np.float32]
+    auc: float
+    agreement: NDArray[np.float32] | None  # None where there is no text encoder
+    agreement_auc: float | None
+    captions: list[str]  # the first EXAMPLES
+    generated: list[str]  # the same
+
+    def figures(self, *, held_out: bool) -> MatchingFigures:
+        import numpy as np
+
+        agreement = None if self.agreement is None else round(float(np.median(self.agreement)), 6)
+        agreement_auc = None if self.agreement_auc is None else round(self.agreement_auc, 6)
+        return MatchingFigures(
+            self.scorer, len(self.scores), held_out, round(float(np.median(self.scores)), 6), round(self.auc, 6),
+            agreement, agreement_auc,
+        )  # fmt: skip
+
+    def examples(self) -> list[dict[str, object]]:
+        """For `bundle inspect`."""
+        return [
+            {"caption": caption, "generated": text, "itm": round(float(score), 4)}
+            for caption, text, score in zip(self.captions, self.generated, self.scores, strict=False)
+        ]
 
 
-def _embedded(captions: Sequence[str]) -> NDArray[np.float32]:
-    from models.text_embeddings import TextEncoder, packaged_text_encoder
-
-    return TextEncoder(packaged_text_encoder()).embed(captions)
-
-
-def _nearest(features: NDArray[np.float32], centroids: NDArray[np.float32]) -> tuple[NDArray[np.int64], float]:
-    """(pairs of each cluster, mean squared distance to the nearest centroid)."""
-    import faiss
+def _judge(shard: _Shard, sample: PairSample, seed: int) -> _Judgement:
     import numpy as np
 
-    distances, nearest = faiss.knn(np.ascontiguousarray(features), centroids, 1)
-    return np.bincount(nearest.ravel(), minlength=len(centroids)), float(distances.mean())
+    from models.errors import CorpusError
+    from models.evaluation import auc
+    from models.matching import text_agreement
+
+    model, count = shard.model, len(sample)
+    captions = [sample.caption(i) for i in range(count)]
+    order = np.random.default_rng(seed).permutation(count)
+    scores, shuffled, generated = [], [], list[str]()
+    for start in range(0, count, JUDGED_AT_ONCE):
+        rows = range(start, min(start + JUDGED_AT_ONCE, count))
+        vectors = sample.vectors(rows.start, rows.stop)
+        pictures = [model.decode(sample.image(i)) for i in rows] if model.needs_pictures else []
+        scores.append(model.match(vectors, [captions[i] for i in rows], pictures))
+        shuffled.append(model.match(vectors, [captions[order[i]] for i in rows], pictures))
+        generated += model.caption(vectors, pictures)
+        shard.progress(f"{rows.stop:,} of {count:,} pairs judged")
+    agreement = agreement_auc = None
+    try:
+        own, said = shard.text_encoder.embed(captions), shard.text_encoder.embed(generated)
+    except CorpusError as error:
+        shard.progress(f"the agreement of T_o and T_g is not measured: {error}")
+    else:
+        agreement = text_agreement(own, said)
+        agreement_auc = auc(agreement, text_agreement(own[order], said))
+    all_scores = np.concatenate(scores)
+    return _Judgement(
+        str(shard.itm["scorer"]), all_scores, auc(all_scores, np.concatenate(shuffled)), agreement, agreement_auc,
+        captions[:EXAMPLES], generated[:EXAMPLES],
+    )  # fmt: skip
+
+
+def _blip(manifest: Manifest, itm: str | None, device: torch.device) -> BlipScorer | None:
+    """The scorer that `--itm` names, or without it the one that the bundle has; None for the bundle's own head."""
+    from models.blip_matching import BlipScorer
+
+    if itm is None:
+        return None if manifest.blip is None else BlipScorer(manifest.blip[0], device, manifest.blip[1])
+    kind, _, folder = itm.partition(":")
+    if kind == "own" and not folder:
+        return None
+    if kind == "blip" and folder:
+        return BlipScorer(Path(folder), device)
+    raise TldrError(f"--itm {itm}: use `own` (the bundle's head) or `blip:FOLDER` (a BLIP ITM checkpoint)")
 
 
 def _all(
@@ -343,13 +470,12 @@ def _with_images(entries: Iterable[SourcePair | BadEntry]) -> Iterator[SourcePai
             yield entry
 
 
-def _decoded(pairs: Sequence[SourcePair], side: int) -> list[tuple[SourcePair, Pixels]]:
+def _decoded(pairs: Sequence[SourcePair], model: LoadedCaptioner) -> list[tuple[SourcePair, Picture]]:
     from models.errors import BadImage
-    from models.images import decode
 
-    def one(pair: SourcePair) -> tuple[SourcePair, Pixels] | None:
+    def one(pair: SourcePair) -> tuple[SourcePair, Picture] | None:
         try:
-            return pair, decode(pair.image or b"", side)
+            return pair, model.decode(pair.image or b"")
         except BadImage:
             return None
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from confluent_kafka import KafkaError, KafkaException
 
+from models.bundle import Manifest, read_files
+from models.errors import BundleError
 from stream.acl import Right
 from stream.errors import TldrError, Unavailable
 from stream.kafka import (
@@ -78,9 +80,6 @@ def announce_folder(connection: Connection, folder: Path | str, stream: str = ""
     `null:SEED` and `null:SEED/CLUSTERS` are other clusters of the null model. Raises BundleError, and TldrError where the
     stream runs with another encoder, codebook or gate.
     """
-    from models.bundle import Manifest, read_files
-    from models.errors import BundleError
-
     uri = str(folder)
     if uri.startswith(NULL):
         from models.null import NullModel
@@ -131,6 +130,7 @@ class BundleView:
     clustering: dict[str, object]
     cluster_sizes: tuple[int, float, int, int]  # least, median, most, empty
     gate: float | None
+    itm: str
     baselines: dict[str, object]
     fingerprint: dict[str, str]
     examples: list[dict[str, object]]
@@ -147,7 +147,8 @@ class BundleView:
         else:
             yield "clusters: none yet; run `tldr-stream bootstrap`"
         if self.gate is not None:
-            yield f"gate {self.gate:.4f}; {', '.join(f'{k}={v}' for k, v in self.baselines.items())}"
+            yield f"gate {self.gate:.4f}, of the scorer: {self.itm}"
+            yield f"baselines: {', '.join(f'{k}={v}' for k, v in self.baselines.items())}"
         if self.frequent_codes:
             yield f"codes: {self.codes_used} used, perplexity {self.code_perplexity:.0f}; most frequent, with the keyword"
             yield "  that each started from (a code that was revived has drifted from it):"
@@ -162,8 +163,6 @@ def inspect(folder: Path) -> BundleView:
     import struct
 
     import numpy as np
-
-    from models.bundle import read_files
 
     manifest, contents = read_files(folder)
     parameters = {}
@@ -186,7 +185,8 @@ def inspect(folder: Path) -> BundleView:
         folder, manifest.version, manifest.space, str(data.get("architecture", "?")), parameters, dict(data["config"]),
         len(used), float(np.exp(-(used * np.log(used)).sum())), [f for f in frequent if f[1]],
         dict(data.get("clustering", {})), spread,
-        data.get("gate"), {k: v for k, v in baselines.items() if k not in ("code_usage", "cluster_occupancy")},
+        data.get("gate"), _scorer(manifest),
+        {k: v for k, v in baselines.items() if k not in ("code_usage", "cluster_occupancy")},
         dict(data.get("fingerprint", {})), list(data.get("examples", [])),
     )  # fmt: skip
 
@@ -217,6 +217,13 @@ class Announced:
                     found[announcement.version] = announcement
         self._next, self.by_version = max(self._next, end), found
         return found
+
+
+def _scorer(manifest: Manifest) -> str:
+    if manifest.blip is None:
+        return "the bundle's own head"
+    folder, files = manifest.blip
+    return f"the BLIP in {folder} ({', '.join(f'{name} {digest[:16]}' for name, digest in files.items())})"
 
 
 def announced(connection: Connection) -> list[Announcement]:

@@ -192,6 +192,9 @@ def consume(
         typer.Option(help="Threads that decode images.  [default: one a core; one in all with --model null]", min=1),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda[:N].  [default: a GPU where there is one]")] = None,
+    blip: Annotated[
+        Path | None, typer.Option(help="The bundle's BLIP checkpoint, if it does not lie where it lay at bootstrap.")
+    ] = None,
     metrics_host: Annotated[str, typer.Option(help="Address that serves /metrics, /healthz and /readyz.")] = "0.0.0.0",  # noqa: S104
     metrics_port: Annotated[
         int | None,
@@ -262,6 +265,7 @@ def consume(
             session_timeout_s=session_timeout_s,
             decode_threads=decode_threads,
             device=device,
+            blip=blip,
             metrics_host=metrics_host,
             metrics_port=metrics_port,
             stop_at_end=stop_at_end,
@@ -925,6 +929,14 @@ def bootstrap(
         list[str] | None,
         typer.Option(help="Source of pairs that training has not seen, for gate and ITM baseline; repeatable."),
     ] = None,
+    itm: Annotated[
+        str | None,
+        typer.Option(help="Scorer: own (the bundle's head) or blip:FOLDER.  [default: what the captioner folder has]"),
+    ] = None,
+    text_encoder: Annotated[
+        str | None,
+        typer.Option(help="BERT that compares T_o with T_g: folder or hub id.  [default: the packaged MiniLM]"),
+    ] = None,
     sweep: Annotated[
         list[int] | None, typer.Option(help="Fit this N, write nothing, show what comes of it; repeatable.")
     ] = None,
@@ -933,17 +945,27 @@ def bootstrap(
     seed: Annotated[int, typer.Option(help="Seed of K-Means.", min=0)] = 0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda[:N].  [default: a GPU where there is one]")] = None,
     announce: Annotated[bool, typer.Option("--announce", help="Announce the bundle to the workers.")] = False,
+    raw_format: Annotated[
+        str, typer.Option(help="How the topic's records are written: tldr, json, avro or confluent.")
+    ] = "tldr",
+    field: Annotated[
+        list[str] | None, typer.Option(help="id, caption or image=dotted.path in a raw record; repeatable.")
+    ] = None,
+    raw_schema: Annotated[
+        Path | None, typer.Option(help="Avro schema (*.avsc) of plain raw records; with avro only.")
+    ] = None,
+    schemas: Schemas = None,
     bootstrap_servers: BootstrapServers = DEFAULT_BOOTSTRAP,
     kafka: KafkaSettings = None,
     kafka_properties: KafkaProperties = None,
+    schema_registry: SchemaRegistry = None,
+    schema_registry_properties: SchemaRegistryProperties = None,
     json: Json = False,
 ) -> None:
     """Fit clusters to the index vectors of a bootstrap shard, and write the bundle that workers load.
 
     Example: tldr-stream bootstrap './shard/*.tar' --captioner ./captioner --clusters 3000 --out ./bundle --announce
     """
-    from functools import partial
-
     from stream.bootstrap import bootstrap as job
     from stream.bootstrap import sweep as sweep_job
     from stream.bundles import announce_folder
@@ -951,6 +973,7 @@ def bootstrap(
     from stream.kafka import Connection
     from stream.raw_format import raw_reader
     from stream.results import show
+    from stream.schema_registry import open_registry
     from stream.topic_pairs import pairs_of_topic
 
     connection = Connection.of(bootstrap_servers, kafka or (), kafka_properties)
@@ -960,7 +983,11 @@ def bootstrap(
         raise TldrError(
             f"clusters of the feature {feature} cannot be announced: a stream records code indices and decides by them alone"
         )
-    of_topic = None if topic is None else partial(pairs_of_topic, connection, topic, raw_reader(), records)
+    of_topic = None
+    if topic is not None:
+        registry = open_registry(schema_registry, schema_registry_properties)
+        reader = raw_reader(raw_format, field or (), schemas or (), raw_schema, registry)
+        of_topic = partial(pairs_of_topic, connection, topic, reader, records)
     if sweep:
         swept = sweep_job(
             sources or (),
@@ -990,6 +1017,8 @@ def bootstrap(
         exclude=exclude or (),
         held_out=held_out or (),
         topic_pairs=of_topic,
+        itm=itm,
+        text_encoder=text_encoder,
         seed=seed,
         device=device,
         progress=_say,

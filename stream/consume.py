@@ -120,6 +120,7 @@ class ConsumeOptions:
     session_timeout_s: float = 45.0
     decode_threads: int | None = None
     device: str | None = None
+    blip: Path | None = None
     metrics_host: str = "0.0.0.0"  # noqa: S104 (Prometheus scrapes from another machine)
     metrics_port: int | None = None
     stop_at_end: bool = False
@@ -195,6 +196,8 @@ def refuse_impossible(options: ConsumeOptions) -> None:
         raise TldrError(f"--model {options.model}: use `bundle` or `null`")
     if options.model == "null" and options.bundle is not None:
         raise TldrError("--model null uses no bundle: leave --bundle out")
+    if options.model == "null" and options.blip is not None:
+        raise TldrError("--model null asks no BLIP: leave --blip out")
     if options.rule is not None:
         rule = rule_named(options.rule)
         if options.ratio is not None and Ratio.parse(options.ratio) != rule.ratio:
@@ -281,11 +284,11 @@ def _load(options: ConsumeOptions, candidates: list[Announcement], cache: Path) 
     from models.bundle import load_model
 
     if options.bundle is not None:
-        return load_model(options.bundle, options.device)
+        return load_model(options.bundle, options.device, blip=options.blip)
     first: Exception | None = None
     for announcement in reversed(candidates):
         try:
-            return load_model(_fetched(announcement, cache), options.device)
+            return load_model(_fetched(announcement, cache), options.device, blip=options.blip)
         except (ModelError, TldrError) as error:
             log.warning("bundle %s cannot be loaded: %s", announcement.version[:12], error)
             first = first or error

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.errors import BadImage, Reason
-from models.model import PairModel, Pixels, Vectors
+from models.model import PairModel, Picture, Vectors
 from models.refine import refine
 from state.partition import DEAD, DUPLICATE, KEPT, NOT_KNOWN, Kind, Partition, Rows
 from state.priority import hash_ids, id_key
@@ -263,16 +263,16 @@ def reduce_batch(
         known = partitions[number].is_known(firsts[named], batch.offsets[named])
         batch.kinds[named[known & (batch.kinds[named] == Kind.PAIR)]] = Kind.KNOWN
     lap("read")
-    images, pixels = _look_at_all(np.flatnonzero(batch.kinds == Kind.PAIR).tolist(), batch, using)
+    images, pictures = _look_at_all(np.flatnonzero(batch.kinds == Kind.PAIR).tolist(), batch, using)
     lap("decode")
 
-    vectors = using.model.encode(pixels)
+    vectors = using.model.encode(pictures)
     pairs = np.flatnonzero(batch.kinds == Kind.PAIR)
     clusters = np.empty(len(pairs), np.int32)
     for model, its in _by_model(batch.numbers[pairs], partitions, using):
         clusters[its] = model.assign(vectors[its])
     lap("encode")
-    itms = using.model.match(vectors, [batch.raw(row).caption for row in pairs.tolist()])
+    itms = using.model.match(vectors, [batch.raw(row).caption for row in pairs.tolist()], pictures)
     out.images += len(pairs)
     out.itm_raw += itms.tolist()
     lap("match")
@@ -284,7 +284,7 @@ def reduce_batch(
     lap("decide")
 
     if kept.rows:
-        _caption(batch, kept, images, (clusters, itms, vectors), partitions, using, out)
+        _caption(batch, kept, images, (clusters, itms, vectors), pictures, partitions, using, out)
         lap("caption")
 
 
@@ -431,25 +431,28 @@ def _caption(
     kept: _Kept,
     images: dict[int, Image],
     seen: tuple[NDArray[np.int32], NDArray[np.float32], Vectors],
+    pictures: Sequence[Picture],
     partitions: dict[int, Partition],
     using: Reduction,
     out: Effects,
 ) -> None:
     """Generates the captions of the kept pairs, and puts their records where they belong in `out`.
 
-    seen  of the pairs whose image was looked at: cluster, ITM and index vector of each
+    seen, pictures  of the pairs whose image was looked at: cluster, ITM and index vector of each; what the model decoded
     """
-    vectors = seen[2][kept.pairs]
+    vectors, shown = seen[2][kept.pairs], [pictures[pair] for pair in kept.pairs]
     originals = [batch.raw(row).caption for row in kept.rows]
     generated = [""] * len(originals)
     for model, its in _by_model(np.array(kept.numbers), partitions, using):
-        for at, text in zip(np.arange(len(generated))[its].tolist(), model.caption(vectors[its]), strict=True):
+        rows = np.arange(len(generated))[its].tolist()
+        texts = model.caption(vectors[its], [shown[at] for at in rows])
+        for at, text in zip(rows, texts, strict=True):
             generated[at] = text
     refined = [
         refine(original, text, using.joiner, using.caption_tokens)
         for original, text in zip(originals, generated, strict=True)
     ]
-    refined_itms = using.model.match(vectors, refined).tolist()
+    refined_itms = using.model.match(vectors, refined, shown).tolist()
     out.captions += len(refined)
     out.itm_kept += seen[1][kept.pairs].tolist()
     out.itm_refined += refined_itms
@@ -501,7 +504,7 @@ def _refuse_what_cannot_be_kept(raw: RawRecord, kept_bytes_max: int) -> None:
         )
 
 
-def _look_at_all(wanted: list[int], batch: _Batch, using: Reduction) -> tuple[dict[int, Image], list[Pixels]]:
+def _look_at_all(wanted: list[int], batch: _Batch, using: Reduction) -> tuple[dict[int, Image], list[Picture]]:
     """The image bytes of the rows `wanted` (in that order), and what the encoder sees of each; each thread takes one share.
 
     A row whose image cannot be had or decoded becomes UNSEEN.
@@ -516,18 +519,18 @@ def _look_at_all(wanted: list[int], batch: _Batch, using: Reduction) -> tuple[di
         }
         looked_at = [found[row] for row in wanted]
     images: dict[int, Image] = {}
-    pixels: list[Pixels] = []
+    pictures: list[Picture] = []
     for row, seen in zip(wanted, looked_at, strict=True):
         if isinstance(seen, BadImage):
             batch.kinds[row] = Kind.UNSEEN
             batch.troubles[row] = seen
         else:
             images[row] = seen[0]
-            pixels.append(seen[1])
-    return images, pixels
+            pictures.append(seen[1])
+    return images, pictures
 
 
-def _look_at(raw: RawRecord | None, using: Reduction) -> tuple[Image, Pixels] | BadImage:
+def _look_at(raw: RawRecord | None, using: Reduction) -> tuple[Image, Picture] | BadImage:
     if raw is None:
         raise ValueError("only a pair has an image")
     try:

@@ -273,7 +273,7 @@ def models_of(
         from models.null import NullModel
 
         if bundle is not None and read_manifest(bundle).version.startswith(version):
-            return load_model(bundle)
+            return load_model(bundle, matching=False)
         uri = next((a.uri for a in reversed(announced(source.connection)) if a.version == version), None)
         if uri is None:
             return NullModel() if null and NullModel().version == version else None
@@ -281,7 +281,7 @@ def models_of(
             return NullModel.at(uri)
         with tempfile.TemporaryDirectory(prefix="tldr-bundle-") as folder:
             try:
-                return load_model(fetch(uri, version, Path(folder)))
+                return load_model(fetch(uri, version, Path(folder)), matching=False)
             except BundleError as error:
                 log.warning("bundle %s cannot be loaded: %s", version[:12], error)
                 return None

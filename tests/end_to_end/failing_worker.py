@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import models.null
-from models.model import Vectors
+from models.model import Picture, Vectors
 
 
 class FailingModel(models.null.NullModel):
@@ -13,11 +14,11 @@ class FailingModel(models.null.NullModel):
 
     left = 0
 
-    def caption(self, vectors: Vectors) -> list[str]:
+    def caption(self, vectors: Vectors, pictures: Sequence[Picture] = ()) -> list[str]:
         FailingModel.left -= 1
         if FailingModel.left == 0:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        return super().caption(vectors)
+        return super().caption(vectors, pictures)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 
 import models.null
-from models.model import Pixels, Vectors
+from models.model import Picture, Vectors
 
 
 class SlowModel(models.null.NullModel):
@@ -15,9 +15,9 @@ class SlowModel(models.null.NullModel):
 
     seconds = 0.0
 
-    def encode(self, pixels: Sequence[Pixels]) -> Vectors:
+    def encode(self, pictures: Sequence[Picture]) -> Vectors:
         time.sleep(SlowModel.seconds)
-        return super().encode(pixels)
+        return super().encode(pictures)
 
 
 def main() -> None:

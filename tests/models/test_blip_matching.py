@@ -1,58 +1,53 @@
-"""A BLIP checkpoint scores pixels. Its weights are random here: only shapes, batches and refusals can be promised."""
+"""A BLIP checkpoint scores pictures. Its weights are random here: only shapes, bits and refusals can be promised."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import BlipConfig, BlipForImageTextRetrieval
 
-from models.blip_matching import BlipScorer
+from models.blip_matching import FILES, BlipScorer
 from models.errors import BundleError, ShapeError
-from models.vocabulary import of_pieces
+from models.model import Picture
+from tests.models.random_models import SIDE, random_blip
 
-SIDE = 32
+NO_VECTORS = np.empty((0, 0), np.uint16)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    vocabulary = of_pieces(["cat", "dog", "red"])
-    layers = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
-    config = BlipConfig(
-        text_config={
-            **layers,
-            "encoder_hidden_size": 24,
-            "vocab_size": len(vocabulary),
-            "bos_token_id": 2,
-            "pad_token_id": 0,
-        },
-        vision_config={**layers, "image_size": SIDE, "patch_size": 8, "initializer_range": 0.2},
-        image_text_hidden_size=16,
-    )
-    out = tmp_path_factory.mktemp("blip")
-    BlipForImageTextRetrieval(config).save_pretrained(str(out))
-    vocabulary.save(out / "tokenizer.json")
-    return out
+    return random_blip(tmp_path_factory.mktemp("blip"))
 
 
-def test_each_pair_has_a_probability_of_its_own_whatever_stands_beside_it(folder: Path) -> None:
+def pictures(count: int) -> list[Picture]:
+    noise = np.random.default_rng(0).integers(256, size=(count, SIDE, SIDE, 3), dtype=np.uint8)
+    return [Picture(np.zeros((8, 8, 3), np.uint8), judged) for judged in noise]
+
+
+def test_each_pair_has_a_probability_of_its_own_bit_for_bit_whatever_stands_beside_it(folder: Path) -> None:
     scorer = BlipScorer(folder, torch.device("cpu"))
-    images = list(np.random.default_rng(0).integers(256, size=(20, SIDE, SIDE, 3), dtype=np.uint8))
-    captions = ["a red dog"] * 10 + ["cat"] * 9 + [" ".join(["dog"] * 500)]
+    captions = ["a red dog"] * 10 + ["cat"] * 9 + [" ".join(["dog"] * 5000)]
 
-    together = scorer.scores(images, captions)
-    alone = np.concatenate([scorer.scores([i], [c]) for i, c in zip(images, captions, strict=True)])
+    together = scorer.scores(NO_VECTORS, captions, pictures(20))
+    alone = [scorer.scores(NO_VECTORS, [c], [p]) for c, p in zip(captions, pictures(20), strict=True)]
 
     assert together.shape == (20,) and together.dtype == np.float32 and ((together > 0) & (together < 1)).all()
     assert len(np.unique(together.round(6))) > 10
-    np.testing.assert_allclose(together, alone, atol=1e-5)
-    assert scorer.scores([], []).shape == (0,)
+    assert together.tobytes() == np.concatenate(alone).tobytes()
+    assert scorer.scores(NO_VECTORS, [], []).shape == (0,)
 
 
-def test_pixels_of_another_size_are_refused(folder: Path) -> None:
+@pytest.mark.parametrize(
+    "wrong", [Picture(np.zeros((8, 8, 3), np.uint8)), Picture(*[np.zeros((8, 8, 3), np.uint8)] * 2)]
+)
+def test_pictures_that_were_not_decoded_for_it_are_refused(folder: Path, wrong: Picture) -> None:
     with pytest.raises(ShapeError, match="side 32"):
-        BlipScorer(folder, torch.device("cpu")).scores([np.zeros((8, 8, 3), np.uint8)], ["a dog"])
+        BlipScorer(folder, torch.device("cpu")).scores(NO_VECTORS, ["a dog"], [wrong])
+
+
+def test_captions_without_pictures_are_refused(folder: Path) -> None:
+    with pytest.raises(ShapeError, match="judges both"):
+        BlipScorer(folder, torch.device("cpu")).scores(NO_VECTORS, ["a dog"], [])
 
 
 def test_a_folder_with_a_pickle_instead_of_safetensors_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -61,3 +56,12 @@ def test_a_folder_with_a_pickle_instead_of_safetensors_is_refused(folder: Path, 
 
     with pytest.raises(BundleError, match=r"no model\.safetensors"):
         BlipScorer(tmp_path, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_checkpoint_with_another_file_than_the_bundle_names_is_refused(folder: Path, name: str) -> None:
+    files = BlipScorer(folder, torch.device("cpu")).files
+
+    with pytest.raises(BundleError, match=f"its {name} has another SHA-256") as caught:
+        BlipScorer(folder, torch.device("cpu"), files | {name: "0" * 64})
+    assert "\n" not in str(caught.value)

@@ -1,12 +1,33 @@
 """Assignment is a pure function of one index vector."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.clustering import FORMS, Clustering, fit, fit_measured, too_small
+from models.bundle import read_files
+from models.clustering import (
+    FORMS,
+    MEMORY_BYTES,
+    SAMPLED_PER_CLUSTER,
+    Clustering,
+    coarse_sample,
+    fit,
+    fit_features,
+    fit_measured,
+    rows_sampled,
+    too_small,
+)
+from models.encoding import PaddedEncoder
 from models.errors import BundleError, CorpusError
+from models.images import decode
+from models.loaded import CaptionerParts
+from stream.pair_sources import BadEntry, open_source
+
+ROOT = Path(__file__).parents[2]
 
 RNG = np.random.default_rng(5)
 CODES = RNG.normal(size=(40, 8)).astype(np.float32)
@@ -14,6 +35,16 @@ CODES = RNG.normal(size=(40, 8)).astype(np.float32)
 KINDS = RNG.integers(4, size=300)
 VECTORS = (KINDS[:, None] * 10 + RNG.integers(10, size=(300, 12))).astype(np.uint16)
 FITTED = {form: fit(VECTORS, CODES, 6, form) for form in FORMS}
+
+
+@pytest.fixture(scope="module")
+def corpus() -> tuple[np.ndarray, np.ndarray]:
+    """(index vectors of the sample corpus, codebook of the sample bundle)."""
+    parts = CaptionerParts.of(*read_files(ROOT / "bundles" / "sample"))
+    pairs = [p for p in open_source(str(ROOT / "corpus" / "sample" / "*.tar")) if not isinstance(p, BadEntry)]
+    encoder = PaddedEncoder(parts.captioner, torch.device("cpu"))
+    vectors = encoder.vectors([decode(p.image or b"", encoder.side) for p in pairs])
+    return vectors, parts.captioner.quantiser.codebook.codes.numpy()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -73,16 +104,60 @@ def test_renumbering_the_codebook_changes_raw_clusters() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_sample_within_the_memory_bound_fits_within_2_percent_of_all_rows(form: str) -> None:
+def test_a_sample_by_the_rule_fits_within_2_percent_of_all_rows(form: str) -> None:
     rng = np.random.default_rng(3)
     kinds = rng.integers(4, size=6000)
     rows = (kinds[:, None] * 10 + rng.integers(10, size=(6000, 12))).astype(np.uint16)
 
-    whole = fit_measured(rows, CODES, 8, form)
-    sampled = fit_measured(rows, CODES, 8, form, memory_bytes=4 * whole.clustering.centroids.shape[1] * 3000)
+    whole, sampled = fit_measured(rows, CODES, 8, form, rows_max=6000), fit_measured(rows, CODES, 8, form)
 
-    assert (whole.rows_fitted, sampled.rows_fitted) == (6000, 3000)
+    assert (whole.rows_fitted, sampled.rows_fitted) == (6000, 8 * SAMPLED_PER_CLUSTER)
     assert sampled.inertia < 1.02 * whole.inertia
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_sample_by_the_rule_fits_the_corpus_within_2_percent_of_all_its_rows(
+    form: str, corpus: tuple[np.ndarray, np.ndarray]
+) -> None:
+    vectors, codes = corpus
+
+    whole, sampled = fit_measured(vectors, codes, 5, form, rows_max=len(vectors)), fit_measured(vectors, codes, 5, form)
+
+    assert whole.rows_fitted == len(vectors) > 1100 and sampled.rows_fitted == 640
+    assert sampled.inertia < 1.02 * whole.inertia
+
+
+def test_the_sample_has_as_many_rows_as_the_rule_says_and_as_fit_into_the_memory() -> None:
+    assert rows_sampled(10**9, 3000, 64) == 3000 * SAMPLED_PER_CLUSTER
+    assert rows_sampled(1000, 3000, 64) == 1000
+    assert rows_sampled(10**9, 3000, 3000) == MEMORY_BYTES // 12_000
+    assert rows_sampled(10**9, 10, 1000, memory_bytes=40_000) == 10
+    assert coarse_sample(10**9, rows_sampled(10**9, 3000, 3000), 3000) is None
+    assert "11 rows a cluster" in str(coarse_sample(10**9, rows_sampled(10**9, 30_000, 3000), 30_000))
+
+
+def test_features_of_anything_else_are_clustered_and_measured_alike() -> None:
+    features = RNG.normal(size=(2000, 6)).astype(np.float32)
+
+    fitted = fit_features(features, 4)
+
+    distances = ((features[:, None] - fitted.centroids[None]) ** 2).sum(2)
+    assert fitted.rows_fitted == 4 * SAMPLED_PER_CLUSTER and fitted.occupancy.sum() == 2000
+    assert fitted.inertia == pytest.approx(float(distances.min(1).mean()), rel=1e-4)
+    assert fitted.occupancy.tolist() == np.bincount(distances.argmin(1), minlength=4).tolist()
+
+
+@pytest.mark.parametrize("rows", [1024, 5000])
+def test_whitening_in_parts_is_that_of_the_whole(rows: int) -> None:
+    vectors = np.random.default_rng(1).integers(40, size=(rows, 12)).astype(np.uint16)
+    centred = vectors - np.rint(vectors.mean(0))
+    values, directions = np.linalg.eigh(np.cov(centred.T))
+
+    axes = fit(vectors, CODES, 3, "pca", rows_max=rows).axes / 2**34
+
+    whitened = centred @ axes
+    np.testing.assert_allclose(np.cov(whitened.T), np.eye(12), atol=1e-6)
+    np.testing.assert_allclose(np.abs(axes), np.abs(directions[:, ::-1] / np.sqrt(values[::-1])), atol=1e-6)
 
 
 def test_empty_clusters_are_counted_and_nothing_is_assigned_to_them() -> None:

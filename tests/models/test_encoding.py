@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from models.captioner import PAPER, Captioner
+from models.codebook import look_up
 from models.encoding import PaddedEncoder
 from models.errors import ShapeError
 from models.lite_encoder import LiteEncoder
@@ -14,6 +15,10 @@ from models.lite_graph import LiteGraph
 from tests.models.conftest import Small, drawing
 
 BATCH = 4  # a small one, for speed: what is promised is the same
+NARROW = replace(
+    PAPER, side=32, vit_patch=8, tokens=16, feature_width=24, vit_layers=1, vit_heads=2, code_width=24, codes=30,
+    decoder_layers=1, decoder_width=24, decoder_heads=2, vocabulary=50,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +49,34 @@ def test_features_are_the_same_bits_however_full_the_batch_is(
     assert encoder.features(pixels[:count]).tobytes() == encoder.features(pixels[:BATCH])[:count].tobytes()
 
 
-def test_features_are_the_same_bits_with_one_thread_and_with_two(small: Small, pixels: list[np.ndarray]) -> None:
-    assert isinstance(small.captioner.encoder, LiteEncoder)
+def test_lite_features_and_codes_are_the_same_bits_with_any_number_of_threads(
+    small: Small, pixels: list[np.ndarray]
+) -> None:
+    encoder, quantiser = small.captioner.encoder, small.captioner.quantiser
+    assert isinstance(encoder, LiteEncoder)
 
-    one, two = (LiteGraph(small.captioner.encoder, 224, threads).features(pixels) for threads in (1, 2))
+    one, two, five = (LiteGraph(encoder, quantiser, 224, threads) for threads in (1, 2, 5))
 
-    assert np.stack(one).tobytes() == np.stack(two).tobytes()
+    for graph in (two, five):
+        assert np.stack(graph.features(pixels)).tobytes() == np.stack(one.features(pixels)).tobytes()
+        assert np.stack(graph.codes(pixels)).tobytes() == np.stack(one.codes(pixels)).tobytes()
+
+
+def test_the_graph_looks_up_the_codes_that_the_modules_look_up(
+    small: Small, encoder: PaddedEncoder, pixels: list[np.ndarray]
+) -> None:
+    quantiser = small.captioner.quantiser
+    with torch.inference_mode():
+        expected = look_up(quantiser.tokens(torch.from_numpy(encoder.features(pixels))), quantiser.codebook.codes)
+
+    assert (encoder.vectors(pixels) == expected.numpy()).all()
+
+
+def test_only_an_encoder_whose_bits_depend_on_threads_has_them_in_its_fingerprint(encoder: PaddedEncoder) -> None:
+    vit = PaddedEncoder(Captioner(NARROW), torch.device("cpu"), BATCH)
+
+    assert "threads" not in encoder.fingerprint() and encoder.fingerprint()["onnxruntime"]
+    assert vit.fingerprint()["threads"] == str(torch.get_num_threads())
 
 
 def test_the_graph_computes_what_the_module_computes(
@@ -75,11 +102,7 @@ def test_vectors_do_not_depend_on_how_images_are_split_into_calls(
 
 def test_a_vision_transformer_in_bfloat16_gives_every_image_its_own_vector_too() -> None:
     torch.manual_seed(0)
-    config = replace(
-        PAPER, side=32, vit_patch=8, tokens=16, feature_width=24, vit_layers=1, vit_heads=2, code_width=24, codes=30,
-        decoder_layers=1, decoder_width=24, decoder_heads=2, vocabulary=50,
-    )  # fmt: skip
-    encoder = PaddedEncoder(Captioner(config), torch.device("cpu"), BATCH, torch.bfloat16)
+    encoder = PaddedEncoder(Captioner(NARROW), torch.device("cpu"), BATCH, torch.bfloat16)
     images = list(np.random.default_rng(0).integers(256, size=(6, 32, 32, 3), dtype=np.uint8))
 
     together = encoder.vectors(images)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from confluent_kafka import Producer
 from typer.testing import CliRunner
@@ -18,6 +21,7 @@ from stream.errors import TldrError
 from stream.kafka import Connection, create_missing
 from stream.pair_sources import BadEntry, SourcePair, open_source
 from stream.records import Codec
+from tests.models.random_models import random_authors, random_blip
 
 ROOT = Path(__file__).parents[2]
 BUNDLE = ROOT / "bundles" / "sample"
@@ -32,6 +36,10 @@ def first_pairs() -> Iterator[SourcePair | BadEntry]:
 
 def small(out: Path, **options: object) -> BootstrapResult:
     return bootstrap((), BUNDLE, out, clusters=4, topic_pairs=first_pairs, progress=lambda line: None, **options)  # type: ignore[arg-type]
+
+
+def made_space(made: BootstrapResult) -> str:
+    return read_manifest(made.out).space
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +103,18 @@ def test_clusters_of_anything_but_codes_are_for_comparison_only(
             use()
 
 
+def bootstrapped_from(kafka: Connection, topic: str, out: Path, *more: str) -> list[int]:
+    """Sizes of the four clusters that the command makes of a topic."""
+    done = CliRunner().invoke(
+        app,
+        ["bootstrap", "--topic", topic, "--captioner", str(BUNDLE), "--clusters", "4", "--out", str(out),
+         "--bootstrap-servers", kafka.bootstrap_servers, *more],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    sizes: list[int] = read_manifest(out).data["baselines"]["cluster_occupancy"]
+    return sizes
+
+
 def test_a_bundle_is_made_of_the_newest_records_of_a_raw_topic(kafka: Connection, name: str, tmp_path: Path) -> None:
     create_missing(kafka, {name: {}}, 2)
     producer = Producer({"bootstrap.servers": kafka.bootstrap_servers})
@@ -110,14 +130,21 @@ def test_a_bundle_is_made_of_the_newest_records_of_a_raw_topic(kafka: Connection
         producer.produce(name, Codec("RawPair").encode(record), pair.id.encode(), number % 2)
     producer.flush()
 
-    made = CliRunner().invoke(
-        app,
-        ["bootstrap", "--topic", name, "--records", "16", "--captioner", str(BUNDLE), "--clusters", "4",
-         "--out", str(tmp_path / "bundle"), "--bootstrap-servers", kafka.bootstrap_servers],
-    )  # fmt: skip
+    assert sum(bootstrapped_from(kafka, name, tmp_path / "bundle", "--records", "16")) == 16
 
-    assert made.exit_code == 0, made.output
-    assert sum(read_manifest(tmp_path / "bundle").data["baselines"]["cluster_occupancy"]) == 16
+
+def test_a_bundle_is_made_of_a_foreign_topic_by_the_names_that_the_user_gives(
+    kafka: Connection, name: str, tmp_path: Path
+) -> None:
+    create_missing(kafka, {name: {}}, 1)
+    producer = Producer({"bootstrap.servers": kafka.bootstrap_servers})
+    for pair in [p for p in first_pairs() if not isinstance(p, BadEntry)]:
+        crawled = {"url": pair.id, "alt": pair.caption, "media": {"content": b64encode(pair.image or b"").decode()}}
+        producer.produce(name, json.dumps(crawled).encode(), partition=0)
+    producer.flush()
+    names = ("--field", "id=url", "--field", "caption=alt", "--field", "image=media.content")
+
+    assert sum(bootstrapped_from(kafka, name, tmp_path / "bundle", "--raw-format", "json", *names)) == 24
 
 
 def test_an_unknown_feature_and_too_few_pairs_are_one_line_each(tmp_path: Path) -> None:
@@ -133,6 +160,88 @@ def test_a_sweep_shows_finer_clusters_with_less_inertia_and_smaller_cells() -> N
     coarse, fine = swept.sweeps
     assert coarse.inertia > fine.inertia and coarse.cell_median == coarse.median * 100
     assert len(list(swept.lines())) == 5
+
+
+def test_gate_and_baselines_come_from_a_blip_where_one_is_chosen(made: BootstrapResult, tmp_path: Path) -> None:
+    blip = random_blip(tmp_path / "blip")
+
+    judged = small(tmp_path / "bundle", itm=f"blip:{blip}")
+
+    manifest = read_manifest(judged.out)
+    model = load_model(judged.out, "cpu")
+    pairs = [p for p in first_pairs() if not isinstance(p, BadEntry)]
+    pictures = [model.decode(p.image or b"") for p in pairs]
+    scores = model.match(model.encode(pictures), [p.caption for p in pairs], pictures)
+    assert judged.gate == manifest.data["gate"] == pytest.approx(float(np.median(scores)), abs=1e-6) != made.gate
+    assert np.histogram(scores, 20, (0, 1))[0].tolist() == manifest.data["baselines"]["itm_histogram"]
+    assert manifest.data["itm"]["scorer"] == judged.matching.scorer == "blip" and "BLIP" in judged.matching.line()
+    assert manifest.space != read_manifest(made.out).space
+    assert any(str(blip) in line for line in inspect(judged.out).lines())
+
+
+def test_a_bundle_finds_its_blip_by_path_and_refuses_another(tmp_path: Path) -> None:
+    made = small(tmp_path / "bundle", itm=f"blip:{random_blip(tmp_path / 'blip')}")
+    moved = (tmp_path / "blip").rename(tmp_path / "moved")
+    elsewhere = read_manifest(small(tmp_path / "again", itm=f"blip:{moved}").out)
+
+    with pytest.raises(BundleError, match=r"blip has no config\.json"):
+        load_model(made.out, "cpu")
+    assert load_model(made.out, "cpu", blip=moved).space == made_space(made) == elsewhere.space
+    assert load_model(made.out, "cpu", matching=False).clusters == 4
+    random_blip(moved, seed=1)
+    with pytest.raises(BundleError, match=r"its model\.safetensors has another SHA-256"):
+        load_model(made.out, "cpu", blip=moved)
+
+
+def test_new_clusters_for_a_bundle_keep_its_scorer(tmp_path: Path) -> None:
+    judged = small(tmp_path / "bundle", itm=f"blip:{random_blip(tmp_path / 'blip')}")
+
+    again = bootstrap(
+        (), judged.out, tmp_path / "again", clusters=3, topic_pairs=first_pairs, progress=lambda line: None
+    )
+
+    assert again.matching.scorer == "blip" and made_space(again) == made_space(judged)
+
+
+def test_a_blip_for_a_bundle_without_one_and_an_unknown_scorer_are_refused(
+    made: BootstrapResult, tmp_path: Path
+) -> None:
+    with pytest.raises(BundleError, match="its own head"):
+        load_model(made.out, "cpu", blip=tmp_path)
+    with pytest.raises(TldrError, match="--itm clip: use `own`"):
+        small(tmp_path / "bundle", itm="clip")
+
+
+def test_the_agreement_of_both_captions_in_text_space_stands_beside_itm(made: BootstrapResult) -> None:
+    baselines = read_manifest(made.out).data["baselines"]
+
+    assert 0 <= baselines["agreement_auc"] <= 1 and -1 <= baselines["agreement_median"] <= 1
+    assert any("agreement_auc" in line for line in inspect(made.out).lines())
+    assert f"agreement of T_o and T_g {baselines['agreement_auc']:.3f}" in made.matching.line()
+
+
+def test_without_a_text_encoder_the_agreement_is_not_measured_and_the_rest_is(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    made = bootstrap(
+        (), BUNDLE, tmp_path / "bundle", clusters=4, topic_pairs=first_pairs, text_encoder=str(tmp_path / "no"),
+        progress=said.append,
+    )  # fmt: skip
+
+    assert made.matching.agreement_auc is None and 0 <= made.matching.auc <= 1
+    assert any("not measured" in line for line in said) and "not measured" in made.matching.line()
+
+
+def test_a_captioner_that_is_shown_the_image_is_judged_by_its_own_captions(tmp_path: Path) -> None:
+    authors = random_authors(tmp_path / "authors")
+
+    made = bootstrap((), authors, tmp_path / "bundle", clusters=2, topic_pairs=first_pairs, progress=lambda line: None)
+
+    model = load_model(made.out, "cpu")
+    pairs = [p for p in first_pairs() if not isinstance(p, BadEntry)]
+    pictures = [model.decode(p.image or b"") for p in pairs]
+    said = model.caption(model.encode(pictures), pictures)
+    assert [e["generated"] for e in inspect(made.out).examples] == said[:8] and len(set(said)) > 1
 
 
 def test_inspect_shows_sizes_codes_with_keywords_baselines_and_examples(made: BootstrapResult) -> None:
