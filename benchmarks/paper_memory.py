@@ -1,6 +1,6 @@
 """The memory that `paper` takes for encoding in bfloat16, counted without a GPU: live bytes of every tensor, none computed.
 
-    python benchmarks/paper_memory.py --batch 256
+    python benchmarks/paper_memory.py --batch 256          # with --gpu: measured, too, where there is one
 
 Tensors without storage ("meta") run through the network, and what is alive at once is added up. Attention is counted with
 its whole score matrix, which a GPU's kernels do not keep; what an allocator rounds up and CUDA itself takes are not counted.
@@ -14,14 +14,20 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models.captioner import PAPER, Captioner
 from models.codebook import look_up
+from models.loaded import CaptionerParts, LoadedCaptioner
+from models.matching import MatchingHead
+from models.model import Picture
+from models.vocabulary import CHARACTERS, SPECIAL, of_pieces
 
 GIB = 1 << 30
+VOCABULARY_OWN = len(SPECIAL) + 2 * len(CHARACTERS)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -53,26 +59,55 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=256)
-    options = parser.parse_args()
+def counted(batch: int) -> tuple[int, int, int]:
+    """Bytes of (weights, encoder at its peak, encoder and look-up at their peak); nothing is computed."""
     with torch.device("meta"):
         captioner = Captioner(PAPER).eval()
     captioner.encoder.bfloat16()
     weights = sum(t.nbytes for t in [*captioner.parameters(), *captioner.buffers()])
-    side = PAPER.side
     with torch.inference_mode(), LiveBytes() as memory:
-        pixels = torch.zeros(options.batch, 3, side, side, dtype=torch.bfloat16, device="meta")
+        pixels = torch.zeros(batch, 3, PAPER.side, PAPER.side, dtype=torch.bfloat16, device="meta")
         features = captioner.encoder(pixels)
         encoded = memory.peak
         look_up(captioner.quantiser.tokens(features.float()), captioner.quantiser.codebook.codes)
+    return weights, encoded, memory.peak
+
+
+def measured(batch: int) -> tuple[int, int]:
+    """The most that PyTorch's allocator had (given out, taken from the GPU) while a worker's encoder and decoder worked on
+    `batch` images, the paper's gate and quota aside: all of them are captioned. Random weights take as much as others.
+    """
+    captioner = Captioner(PAPER).eval()
+    vocabulary = of_pieces(f"word{n}" for n in range(PAPER.vocabulary - VOCABULARY_OWN))
+    parts = CaptionerParts(captioner, vocabulary, MatchingHead(PAPER.codes, PAPER.code_width, PAPER.vocabulary))
+    torch.cuda.reset_peak_memory_stats()
+    model = LoadedCaptioner(parts, torch.device("cuda"))
+    noise = np.random.default_rng(0).integers(256, size=(batch, PAPER.side, PAPER.side, 3), dtype=np.uint8)
+    vectors = model.encode([Picture(pixels) for pixels in noise])
+    model.match(vectors, ["a caption"] * batch)
+    model.caption(vectors)
+    return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--gpu", action="store_true", help="measure on the GPU of this machine, too")
+    options = parser.parse_args()
+    weights, encoded, together = counted(options.batch)
     print(
         f"paper, batch {options.batch}: weights {weights / GIB:.2f} GiB (encoder bfloat16, the rest float32), encoder "
-        f"{encoded / GIB:.2f} GiB, with the look-up {memory.peak / GIB:.2f} GiB at once; together "
-        f"{(weights + memory.peak) / GIB:.2f} GiB. Counted, not measured on a GPU."
+        f"{encoded / GIB:.2f} GiB, with the look-up {together / GIB:.2f} GiB at once; together "
+        f"{(weights + together) / GIB:.2f} GiB. Counted, not measured on a GPU."
     )
+    if options.gpu:
+        if not torch.cuda.is_available():
+            print("error: no GPU here: leave --gpu out, or run this where there is one", file=sys.stderr)
+            return 2
+        given, taken = measured(options.batch)
+        print(f"{torch.cuda.get_device_name()}: {given / GIB:.2f} GiB in use at most, {taken / GIB:.2f} GiB reserved")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import BlipForImageTextRetrieval
+from transformers.utils import logging as transformers_logging
 
 from models.errors import BundleError, ShapeError
 from models.model import Picture, Pixels, Vectors
@@ -42,6 +43,7 @@ class BlipScorer:
                     f"{folder} is not the BLIP that the bundle's gate and baselines are of: its {name} has another SHA-256; "
                     "name the folder of the right one with --blip, or bootstrap with this one"
                 )
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             model: Any = BlipForImageTextRetrieval.from_pretrained(
                 str(folder), use_safetensors=True, local_files_only=True

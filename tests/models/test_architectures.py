@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BlipVisionConfig, BlipVisionModel, ViTConfig, ViTModel
 
+from benchmarks.paper_memory import counted
 from models.captioner import AUTHORS, PAPER, Captioner, CaptionerConfig, VitEncoder, sized
 from models.errors import CorpusError, ShapeError
 from models.pretrained import load_decoder, load_encoder, sizes_of_decoder, sizes_of_encoder
@@ -139,3 +140,13 @@ def test_padding_does_not_change_the_loss() -> None:
     padded = captioner.losses(features, torch.tensor([[START, 9, PAD, PAD]]), torch.tensor([[9, STOP, PAD, PAD]]))[0]
 
     assert torch.allclose(short, padded, atol=1e-6)
+
+
+def test_the_paper_s_encoder_works_within_4_gib_at_batch_256_by_count() -> None:
+    """Live bytes of tensors without storage; on a GPU: benchmarks/paper_memory.py --gpu."""
+    weights, encoder, together = counted(256)
+
+    # ViT-B/16 in bfloat16, the rest in float32; 256 images of 196 tokens and 768 numbers, several times over
+    assert weights == pytest.approx(2 * 85.8e6 + 4 * (0.59e6 + 138.25e6 + 2 * 2.3e6), rel=0.01)
+    assert 256 * 197 * 768 * 2 < encoder < together
+    assert weights + together < 4 << 30

@@ -2,16 +2,22 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from models.bundle import read_files
 from models.captioner import PAPER, Captioner
 from models.captioning import Generation, generate, generate_from_tokens
 from models.errors import ShapeError
+from models.loaded import CaptionerParts, LoadedCaptioner
+from models.model import Picture
 from models.vocabulary import MASK, PAD, START, STOP
 from tests.models.conftest import CAPTIONS, Small
+from tests.models.random_models import random_authors
 
 
 def test_a_tiny_captioner_overfits_eight_pairs(small: Small) -> None:
@@ -135,3 +141,21 @@ def test_the_paper_s_architecture_is_built_by_the_same_code_and_learns_end_to_en
         n for n, p in captioner.encoder.named_parameters() if p.grad is not None and float(p.grad.abs().sum()) > 0
     ]
     assert any("patch_embeddings" in n for n in reached)
+
+
+def test_a_decoder_that_is_shown_the_image_captions_from_its_tokens_a_bounded_part_at_a_time(tmp_path: Path) -> None:
+    parts = CaptionerParts.of(*read_files(random_authors(tmp_path / "authors")))
+    model = LoadedCaptioner(parts, torch.device("cpu"))
+    pictures = [Picture(p) for p in np.random.default_rng(0).integers(256, size=(70, 48, 48, 3), dtype=np.uint8)]
+    vectors = model.encode(pictures)
+
+    said = model.caption(vectors, pictures)
+    shown = list(model.seen(vectors, pictures))
+    parts.captioner.quantiser.codebook.start_from(torch.randn(30, 24))
+
+    features = torch.from_numpy(model.features(pictures))
+    expected = generate_from_tokens(parts.captioner, parts.vocabulary, parts.captioner.quantiser.tokens(features))
+    assert said == expected == model.caption(vectors, pictures) and len(set(said)) > 3
+    assert max(len(part) for part in shown) <= model.batch and sum(map(len, shown)) == 70
+    with pytest.raises(ShapeError, match="pass the pictures"):
+        model.caption(vectors)
