@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BertModel
+from transformers.utils import logging as transformers_logging
 
 from models.errors import CorpusError
 
@@ -35,6 +36,7 @@ class TextEncoder:
     """
 
     def __init__(self, where: Path | str) -> None:
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             self.bert = BertModel.from_pretrained(str(where))  # comes in evaluation mode
             self.tokenizer: Tokenizer = AutoTokenizer.from_pretrained(str(where)).backend_tokenizer

@@ -70,6 +70,30 @@ def test_a_changed_manifest_is_refused(small: Small, tmp_path: Path) -> None:
         load_model(tmp_path / "a", "cpu")
 
 
+def in_format(bundle: Path, number: int) -> Path:
+    """The manifest says another format, and its hash agrees."""
+    file = bundle / "manifest.json"
+    about = json.loads(file.read_text()) | {"format": number}
+    del about["version"]
+    file.write_text(json.dumps(about | {"version": content_hash(about)}))
+    return bundle
+
+
+def test_a_bundle_of_the_first_format_works_as_it_did(small: Small, tmp_path: Path) -> None:
+    new = load_model(written(small, tmp_path / "a"), "cpu")
+
+    old = load_model(in_format(tmp_path / "a", 1), "cpu")
+
+    assert old.space == new.space and old.version != new.version
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_bundle_of_an_unknown_format_is_refused_in_one_line(small: Small, tmp_path: Path, number: int) -> None:
+    with pytest.raises(BundleError, match="not of format 1 or 2: it belongs to another version") as caught:
+        load_model(in_format(written(small, tmp_path / "a"), number), "cpu")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["weights.pt", "weights.pkl", "../elsewhere.json", "pytorch_model.bin"])
 def test_a_bundle_that_names_anything_but_data_is_refused(small: Small, tmp_path: Path, name: str) -> None:
     contents = CaptionerParts(small.captioner, small.vocabulary, small.matching).contents()
