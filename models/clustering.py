@@ -26,6 +26,7 @@ SAMPLED_PER_CLUSTER = 128
 # … within this much memory of features, 4 GiB: 119 rows a cluster of histograms of 3,000 codes at N = 3,000.
 MEMORY_BYTES = 4 << 30
 ROWS_AT_ONCE = 1024
+JUDGED_ROWS_MAX = 100_000  # rows whose error is measured: more would not make its distribution clearer
 HELD_OUT_SHARE = 5  # one row in so many is kept apart to measure the error of rows that were not fitted
 PULLS = (
     16.0,
@@ -230,16 +231,25 @@ def matching(
 def held_out_errors(
     vectors: NDArray[np.uint16], codebook: NDArray[np.float32], clusters: int, form: str, seed: int = 0
 ) -> Floats:
-    """Quantisation errors of a fifth of the rows under a fit of the others: what rows to come will have.
+    """Quantisation errors of rows that the fit did not see, at least a fifth: what rows to come will have.
 
-    The errors of rows that were fitted are smaller, the more so the fewer rows a cluster has. Empty where four fifths of the
-    rows cannot make the clusters.
+    The errors of rows that were fitted are smaller, the more so the fewer rows a cluster has. Where `fit` takes a sample, the
+    other rows are judged by that very fit; where it takes all, a fifth is kept apart from a fit of its own. Empty where four
+    fifths of the rows cannot make the clusters.
     """
+    least = len(vectors) // HELD_OUT_SHARE
+    fitted = rows_sampled(len(vectors), clusters, feature_width(form, vectors.shape[1], codebook))
     order = np.random.default_rng(seed).permutation(len(vectors))
-    apart, others = np.split(order, [len(vectors) // HELD_OUT_SHARE])
-    if len(others) < clusters or not len(apart):
-        return np.empty(0)
-    clustering = fit(vectors[np.sort(others)], codebook, clusters, form, seed)
+    if len(vectors) - fitted >= least:
+        clustering = fit(vectors, codebook, clusters, form, seed)
+        unseen = np.ones(len(vectors), bool)
+        unseen[_sample(len(vectors), fitted, seed)] = False
+        apart = order[unseen[order]][:JUDGED_ROWS_MAX]
+    else:
+        apart, others = np.split(order, [least])
+        if len(others) < clusters or not len(apart):
+            return np.empty(0)
+        clustering = fit(vectors[np.sort(others)], codebook, clusters, form, seed)
     rows = vectors[np.sort(apart)]
     return clustering.errors(rows, clustering.assign(rows))
 
