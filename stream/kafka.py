@@ -68,11 +68,8 @@ RESERVED = {
 }
 
 # What a partition answers in the moment after its topic was created, or while its leader moves.
-LEADERLESS = {
-    KafkaError.NOT_LEADER_FOR_PARTITION,
-    KafkaError.LEADER_NOT_AVAILABLE,
-    KafkaError.UNKNOWN_TOPIC_OR_PART,
-}
+LEADER_ON_ITS_WAY = {KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE}
+LEADERLESS = LEADER_ON_ITS_WAY | {KafkaError.UNKNOWN_TOPIC_OR_PART}
 
 # What stands in librdkafka's texts beside the matter: the broker's address in front, the time it took behind.
 _ADDRESS = re.compile(r"^\S+/\S+: ")
@@ -399,7 +396,7 @@ def _offsets(
     asked = {TopicPartition(topic, p): spec for p in partitions}
     if not asked:
         return {}
-    admin, deadline = connection.admin, time.monotonic() + CONNECT_TIMEOUT_S
+    admin, began = connection.admin, time.monotonic()
     while True:
         done = admin.list_offsets(asked, isolation_level=level, request_timeout=REQUEST_TIMEOUT_S)
         try:
@@ -408,7 +405,9 @@ def _offsets(
             reason = error.args[0]
             moved = reason.code() == KafkaError.FENCED_LEADER_EPOCH
             # A topic that was just created, or whose leader moves, has no leader for a moment.
-            if not (moved or reason.retriable()) or time.monotonic() > deadline:
+            # A broker that says so is there: on a busy machine it takes a new topic's leadership up late.
+            patience_s = REQUEST_TIMEOUT_S if reason.code() in LEADER_ON_ITS_WAY else CONNECT_TIMEOUT_S
+            if not (moved or reason.retriable()) or time.monotonic() - began > patience_s:
                 what = f"cannot list the offsets of {topic}"
                 raise refused(connection, reason, what, Right("Describe", "topic", topic)) from error
             time.sleep(0.1)
