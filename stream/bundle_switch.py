@@ -22,6 +22,7 @@ from state.partition import Partition
 from state.regroup import Regrouping, sweep
 from stream.bundles import Announced, Announcement
 from stream.errors import TldrError
+from stream.kafka import MissingRight
 from stream.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -79,9 +80,18 @@ class BundleSwitch:
         self._thread = threading.Thread(target=self._work, name="bundles", daemon=True)
 
     def start(self) -> None:
-        """Begins to follow. The announcements that are there already are known afterwards. Raises Unavailable."""
-        if self._announced is not None:
+        """Begins to follow. The announcements that are there already are known afterwards. Raises Unavailable.
+
+        Without the right to read them, the worker stays with the bundle that it has, and says which right that is.
+        """
+        if self._announced is None:
+            return
+        try:
             self._look()
+        except MissingRight as missing:
+            log.warning("announced bundles are not followed: %s", missing)
+            self._announced = None
+        else:
             self._thread.start()
 
     def close(self) -> None:
