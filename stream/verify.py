@@ -274,9 +274,11 @@ def models_of(
 
         if bundle is not None and read_manifest(bundle).version.startswith(version):
             return load_model(bundle, matching=False)
+        if null and NullModel().version == version:
+            return NullModel()
         uri = next((a.uri for a in reversed(announced(source.connection)) if a.version == version), None)
         if uri is None:
-            return NullModel() if null and NullModel().version == version else None
+            return None
         if uri.startswith(NULL):
             return NullModel.at(uri)
         with tempfile.TemporaryDirectory(prefix="tldr-bundle-") as folder:
