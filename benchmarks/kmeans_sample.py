@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bundle", type=Path, default=ROOT / "bundles" / "sample")
     parser.add_argument("--clusters", type=int, nargs="+", default=[8, 16, 32])
-    parser.add_argument("--rows", type=int, nargs="+", default=[32, 64, 96, 128, 192], help="sampled, a cluster")
+    parser.add_argument("--rows", type=int, nargs="+", default=[32, 64, 96, 128, 192, 256], help="sampled, a cluster")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     manifest, contents = read_files(options.bundle)

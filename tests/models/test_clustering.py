@@ -123,7 +123,7 @@ def test_a_sample_by_the_rule_fits_the_corpus_within_2_percent_of_all_its_rows(
 ) -> None:
     vectors, codes = corpus
 
-    whole, sampled = fit_measured(vectors, codes, 4, form, rows_max=len(vectors)), fit_measured(vectors, codes, 4, form)
+    whole, sampled = fit_measured(vectors, codes, 2, form, rows_max=len(vectors)), fit_measured(vectors, codes, 2, form)
 
     assert whole.rows_fitted == len(vectors) == 1000 and sampled.rows_fitted == 512
     assert sampled.inertia < 1.02 * whole.inertia
@@ -135,7 +135,7 @@ def test_the_sample_has_as_many_rows_as_the_rule_says_and_as_fit_into_the_memory
     assert rows_sampled(10**9, 3000, 3000) == MEMORY_BYTES // 12_000
     assert rows_sampled(10**9, 10, 1000, memory_bytes=40_000) == 10
     assert coarse_sample(10**9, rows_sampled(10**9, 3000, 3000), 3000) is None
-    assert "12 rows a cluster" in str(coarse_sample(10**9, rows_sampled(10**9, 30_000, 3000), 30_000))
+    assert "24 rows a cluster" in str(coarse_sample(10**9, rows_sampled(10**9, 30_000, 3000), 30_000))
 
 
 def test_features_of_anything_else_are_clustered_and_measured_alike() -> None:

@@ -157,7 +157,7 @@ def test_the_sample_bundle_has_the_baselines_that_are_read_here() -> None:
 def test_the_window_holds_the_newest_pairs_and_is_due_when_an_eighth_is_new(made: tuple[Baseline, Clustering]) -> None:
     baseline, clustering = made
     window = DriftWindow(baseline, clustering, TOKENS, size=1000)
-    newest = np.zeros(CLUSTERS)
+    newest = np.zeros(CLUSTERS, np.int64)
     for start in range(0, 2500, 100):
         vectors = pairs(100, start, USUAL if start < 1500 else (0.0, 0.0, 0.0, 1.0))
         if start >= 1500:
@@ -169,9 +169,7 @@ def test_the_window_holds_the_newest_pairs_and_is_due_when_an_eighth_is_new(made
 
     # all of the window is of the fourth kind, which was a tenth
     assert baseline.occupancy is not None
-    moved = np.abs(newest / newest.sum() - baseline.occupancy / baseline.occupancy.sum()).sum() / 2
-    assert moved > 0.8
-    assert found[OCCUPANCY].effect == pytest.approx(moved, abs=0.03)  # less what chance alone would move
+    assert found[OCCUPANCY].effect == moved_share(baseline.occupancy, newest) > 0.8
     assert not window.due
     window.add(scores(1000 // LOOKS_A_WINDOW, 1), np.zeros(125, np.int32), pairs(125, 1))
     assert window.due
