@@ -69,6 +69,7 @@ RESERVED = {
 
 # What a partition answers in the moment after its topic was created, or while its leader moves.
 LEADER_ON_ITS_WAY = {KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE}
+OTHER_EPOCH = {KafkaError.FENCED_LEADER_EPOCH, KafkaError.UNKNOWN_LEADER_EPOCH}
 LEADERLESS = LEADER_ON_ITS_WAY | {KafkaError.UNKNOWN_TOPIC_OR_PART}
 
 # What stands in librdkafka's texts beside the matter: the broker's address in front, the time it took behind.
@@ -403,15 +404,15 @@ def _offsets(
             return {tp.partition: answer(connection, admin, result).offset for tp, result in done.items()}
         except KafkaException as error:
             reason = error.args[0]
-            moved = reason.code() == KafkaError.FENCED_LEADER_EPOCH
+            moved = reason.code() in LEADER_ON_ITS_WAY | OTHER_EPOCH
             # A topic that was just created, or whose leader moves, has no leader for a moment.
             # A broker that says so is there: on a busy machine it takes a new topic's leadership up late.
-            patience_s = REQUEST_TIMEOUT_S if reason.code() in LEADER_ON_ITS_WAY else CONNECT_TIMEOUT_S
+            patience_s = REQUEST_TIMEOUT_S if moved else CONNECT_TIMEOUT_S
             if not (moved or reason.retriable()) or time.monotonic() - began > patience_s:
                 what = f"cannot list the offsets of {topic}"
                 raise refused(connection, reason, what, Right("Describe", "topic", topic)) from error
             time.sleep(0.1)
-            if moved:  # the broker was restarted, and an admin client never forgets the epoch that it knew before
+            if moved:  # an admin client keeps the leader and the epoch that it knew, of a new topic and over a restart
                 admin = connection.new_admin()
 
 

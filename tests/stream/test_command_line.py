@@ -204,7 +204,7 @@ def test_every_option_has_an_environment_variable_of_its_name() -> None:
 def test_every_option_can_stand_in_the_config_file(tmp_path: Path) -> None:
     # A key that is no option of the command is refused, so a file with all of them is read only if all are known.
     consume = typer.main.get_command(app).commands["consume"]  # type: ignore[attr-defined]
-    names = {option.name for option in consume.params} - {"config", "topic", "model", "bundle", "rule"}
+    names = {option.name for option in consume.params} - {"config", "topic", "model", "bundle", "blip", "rule"}
     written = dict.fromkeys(("stop_at_end", "verbose", "fetch_allow_private"), "false")
     written |= dict.fromkeys(("kafka", "field", "schemas", "fetch_allow"), '["a=b"]')
     (tmp_path / "kafka.properties").write_text("client.id=x\n")
