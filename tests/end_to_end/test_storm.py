@@ -10,7 +10,7 @@ from tests.end_to_end.storm import FAULTS, Storm, Weather, plan_of
 
 def test_a_storm_leaves_no_anomaly(tmp_path: Path) -> None:
     # given: each kind of fault, the broker's last: it takes some ten seconds to be back
-    weather = Weather(seed=5, seconds=45, records=6000, rate=200, gap_s=3.0)
+    weather = Weather(seed=5, seconds=45, records=3500, rate=200, gap_s=3.0)
 
     # when
     report = Storm(weather, tmp_path).run()
@@ -18,7 +18,7 @@ def test_a_storm_leaves_no_anomaly(tmp_path: Path) -> None:
     # then
     assert report.anomalies == NO_ANOMALY, "\n".join(report.lines())
     assert report.faults.keys() == FAULTS.keys()
-    assert report.records == 6000
+    assert report.records == 3500
 
 
 def test_a_seed_repeats_its_faults() -> None:
