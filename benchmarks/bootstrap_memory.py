@@ -24,9 +24,10 @@ PAIRS = 1166
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--times", type=int, nargs="+", default=[1, 5])
+    parser.add_argument("--features", nargs="+", default=["codes", "image"])
     options = parser.parse_args()
     print("feature   pairs  anonymous (MB)  mapped files (MB)  seconds")
-    for feature in ("codes", "image"):
+    for feature in options.features:
         for times in options.times:
             with tempfile.TemporaryDirectory() as folder:
                 began = time.monotonic()

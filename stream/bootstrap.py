@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from state.settings import rule_named
+from stream.allocator import bound_heaps, give_back
 from stream.errors import TldrError
 from stream.pair_sources import BadEntry, SourcePair, open_source
 
@@ -179,6 +180,7 @@ def bootstrap(
     form = form or (RULE_FORMS[rule] if rule else DEFAULT_FORM)
     if feature not in FEATURES:
         raise TldrError(f"--feature {feature}: use one of {', '.join(FEATURES)}")
+    bound_heaps()
     shard = _Shard(captioner, device, exclude, progress, itm=itm, text_encoder=text_encoder)
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{out.name}.bootstrap-", dir=out.parent) as work:
@@ -266,6 +268,7 @@ def sweep(
 
     from models.clustering import fit_measured
 
+    bound_heaps()
     shard, found = _Shard(captioner, device, exclude, progress, judges=False), []
     codes = shard.parts.captioner.quantiser.codebook.codes.cpu().numpy()
     with TemporaryDirectory(prefix="tldr-sweep-") as work:
@@ -371,6 +374,7 @@ class _Shard:
             for (pair, _), vector in zip(decoded, vectors, strict=True):
                 sample.offer(pair.image or b"", pair.caption, vector)
             count += len(decoded)
+            give_back()  # else holes in the heaps grow by 4 kB an image (docs/tried.md)
             self.progress(f"{count:,} images encoded")
         if not count:
             raise TldrError("no image of the source could be decoded: bootstrap needs a shard of good pairs")
