@@ -465,10 +465,11 @@ class Worker:
     def _restored(self, number: int, restored: Restored) -> None:
         self._adopt(restored)
         self.has_run = True
-        self._committed[number] = restored.next_offset, restored.partition.totals
+        totals = restored.partition.totals
+        # The loss counts once it is committed: a restore may be repeated before that.
+        self._committed[number] = restored.next_offset, totals._replace(lost=totals.lost - restored.lost)
         self.metrics.restore_seconds.observe(restored.seconds)
         self.metrics.restored_records.inc(restored.records)
-        self.metrics.lost_records.inc(restored.lost)
 
     # -- watching ------------------------------------------------------------------------------------------------------
 
@@ -553,6 +554,9 @@ class Worker:
 
     def _remember_committed(self) -> None:
         positions = {number: partition.committed for number, partition in self.assignment.running.items()}
+        for number, position in positions.items():
+            if position:
+                self.metrics.lost_records.inc(position.totals.lost - self._committed[number][1].lost)
         self._committed = {
             number: (position.next_offset, position.totals) if position else self._committed[number]
             for number, position in positions.items()

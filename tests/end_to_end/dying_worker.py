@@ -55,7 +55,8 @@ class Countdown:
                 return
             self.count += 1
             if self.count == self.nth:
-                os.kill(os.getpid(), self.how)
+                # To this thread, not to the process: a SIGSTOP that another thread takes lets this one go on for a while.
+                signal.pthread_kill(threading.get_ident(), self.how)
 
     def watch(self, owner: Any, name: str, also: Callable[[Any], None] = lambda result: None) -> None:
         """Replaces a function by itself between two steps."""
@@ -211,7 +212,10 @@ class Nursery:
         self, arguments: list[str], log: Path, *, nth: int = 0, within: Iterable[str] = (), at: str = "",
         how: int = signal.SIGKILL,
     ) -> None:  # fmt: skip
-        """Starts a worker; it kills itself at its nth step (see Countdown)."""
+        """Starts a worker; it kills itself at its nth step (see Countdown). One that a failed test left behind is killed."""
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            self.end()
         self._report = log.with_suffix(".steps")
         self._report.unlink(missing_ok=True)
         request = {

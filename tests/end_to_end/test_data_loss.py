@@ -113,6 +113,6 @@ def test_a_running_worker_passes_over_a_loss_that_is_allowed_and_its_metric_tell
         until(lambda: processed(kafka, name), "the rest is processed")
 
         # then
-        assert "tldr_lost_records_total 30.0" in running.get("/metrics")[1]
+        until(lambda: "tldr_lost_records_total 30.0" in running.get("/metrics")[1], "the loss is counted")
         running.drain()
     assert outcome_of(kafka, name).view.totals.read == 70
