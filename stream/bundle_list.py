@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from stream.bundles import Announcement, announced
 from stream.cut import written
 from stream.kafka import Connection
+from stream.rights import check_rights
 from stream.stream_view import StreamSource, read_view
 
 
@@ -61,6 +62,7 @@ def list_bundles(connection: Connection, source: StreamSource | None) -> BundleL
 
     Raises TldrError where that stream does not exist or has committed nothing yet.
     """
+    check_rights(connection, "bundle list")
     known = {a.version: ListedBundle(a.version, a, None) for a in announced(connection)}
     if source is None:
         return BundleList(None, list(known.values()))

@@ -23,6 +23,7 @@ from stream.errors import TldrError
 from stream.live_bundle import LiveBundle, live_bundle
 from stream.recent_codes import Sample, recent_rows
 from stream.report_data import Draw
+from stream.rights import check_rights
 from stream.stream_view import ChangelogFollower, ChangelogRecord, StreamSource, StreamView
 
 if TYPE_CHECKING:
@@ -156,6 +157,7 @@ def recluster(options: ReclusterOptions, say: Callable[[str], None] = lambda lin
     since_ms = _since_ms(options.since, time.time())
     if options.out is not None and options.out.exists():
         raise TldrError(f"{options.out} exists: a bundle is never changed, give another --out")
+    check_rights(source.connection, "recluster --dry-run" if options.dry_run else "recluster", stream=source.name)
     entries: Draw[tuple[int, bytes], NDArray[np.uint16]] = Draw(options.memory_mb * 1_000_000 // (4 * ENTRY_BYTES))
     view = ChangelogFollower(source).advance(lambda record: _take_entry(record, entries), wait=True)
     live = live_bundle(source.connection, view, options.bundle)

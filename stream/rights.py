@@ -30,6 +30,7 @@ class Need(NamedTuple):
 
 READ, WRITE, DESCRIBE, CREATE = ("Read",), ("Write",), ("Describe",), ("Create",)
 IF_MISSING = "where it does not exist yet"
+STREAM_TOPICS = ("kept-pairs", "reservoir-changelog", "pair-codes", "dlq")
 
 LEAST_RIGHTS: dict[str, tuple[Need, ...]] = {
     "consume": (
@@ -40,13 +41,28 @@ LEAST_RIGHTS: dict[str, tuple[Need, ...]] = {
         Need(("Read", "Write"), "topic", "S.dlq"),
         Need(READ, "group", "S"),
         Need(WRITE, "transactional-id", "S-INSTANCE"),
-        *(
-            Need(CREATE, "topic", f"S.{topic}", IF_MISSING)
-            for topic in ("kept-pairs", "reservoir-changelog", "pair-codes", "dlq")
-        ),
+        *(Need(CREATE, "topic", f"S.{topic}", IF_MISSING) for topic in STREAM_TOPICS),
     ),
     "an announced bundle": (Need(READ, "topic", BUNDLES),),
     "bundle announce": (Need(WRITE, "topic", BUNDLES), Need(CREATE, "topic", BUNDLES, IF_MISSING)),
+    "bundle list": (Need(READ, "topic", BUNDLES), Need(READ, "topic", "S.reservoir-changelog", "with `--topic`")),
+    "recluster": (
+        Need(READ, "topic", "S.reservoir-changelog"),
+        Need(READ, "topic", "S.pair-codes"),
+        Need(WRITE, "topic", BUNDLES),
+        Need(READ, "topic", BUNDLES, "without `--bundle`, and with `--if-drift`"),
+        Need(CREATE, "topic", BUNDLES, IF_MISSING),
+    ),
+    "recluster --dry-run": (
+        Need(READ, "topic", "S.reservoir-changelog"),
+        Need(READ, "topic", "S.pair-codes"),
+        Need(READ, "topic", BUNDLES, "without `--bundle`, and with `--if-drift`"),
+    ),
+    "topics": tuple(
+        need
+        for topic in ("RAW", *(f"S.{name}" for name in STREAM_TOPICS), BUNDLES)
+        for need in (Need(("Describe", "DescribeConfigs"), "topic", topic), Need(CREATE, "topic", topic, IF_MISSING))
+    ),
     "ingest": (
         Need(("Write", "DescribeConfigs"), "topic", "RAW"),
         Need(CREATE, "topic", "RAW", IF_MISSING),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from stream.errors import TldrError
 from stream.kafka import RECORD_BYTES_MAX, Connection, create_missing, partition_counts, topic_setting
+from stream.rights import check_rights
 from stream.topics import BUNDLES, KEPT_OVERHEAD_BYTES, StreamTopics
 
 
@@ -54,6 +55,7 @@ def make_topics(connection: Connection, options: TopicOptions) -> TopicsMade:
         )
     if options.record_bytes > RECORD_BYTES_MAX:
         raise TldrError(f"--record-bytes {options.record_bytes}: {RECORD_BYTES_MAX} is the most that a worker reads")
+    check_rights(connection, "topics", raw=options.topic, stream=options.stream)
     room = min(2 * options.record_bytes + KEPT_OVERHEAD_BYTES, 2 * RECORD_BYTES_MAX)
     raw = {
         "cleanup.policy": "delete",

@@ -10,17 +10,21 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from models.bundle import load_model
 from stream.acl import Right
 from stream.bundles import find_bundle
 from stream.cli import app
 from stream.consume import ConsumeOptions, consume
 from stream.errors import TldrError
 from stream.kafka import Connection
+from stream.pair_sources import BadEntry, open_source
 from stream.raw_format import raw_reader
 from stream.reader import KeptPairs
 from stream.rights import LEAST_RIGHTS, least_rights, rights_table
@@ -35,9 +39,13 @@ from tests.end_to_end.secured_broker import (
     secured_broker,
 )
 from tests.end_to_end.worker_process import REPOSITORY, WorkerProcess, null_worker, refused, run_command, worker
+from tests.stream.stream_writer import StreamWriter
 
 SECRETS = (PASSWORD, STORE_PASSWORD)
 BUNDLE = REPOSITORY / "bundles" / "sample"
+SHARD = str(REPOSITORY / "corpus" / "sample" / "sample-000002.tar")
+PICTURES = "pictures"
+RECLUSTER = ["recluster", "--topic", PICTURES, "--bundle", str(BUNDLE)]
 PAIRS = 60
 
 
@@ -171,6 +179,19 @@ def stream(secured: SecuredBroker, tmp_path_factory: pytest.TempPathFactory) -> 
     return topic
 
 
+@pytest.fixture(scope="module")
+def pictures(secured: SecuredBroker, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A stream whose bundle can be reclustered."""
+    model: Any = load_model(BUNDLE, "cpu")
+    found = [asdict(pair) for pair in open_source(SHARD) if not isinstance(pair, BadEntry)]
+    records = [{"image_uri": None, "fields": {}} | {key: p[key] for key in ("id", "caption", "image")} for p in found]
+    with StreamWriter(
+        secured.everything, PICTURES, tmp_path_factory.mktemp(PICTURES), model=model, batch=100
+    ) as writer:
+        writer.feed(records).run()
+    return PICTURES
+
+
 def arguments_of(command: str, topic: str, folder: Path) -> list[str]:
     """The command on the stream `topic`, as short as it can be."""
     on_topic = ["--topic", topic]
@@ -184,6 +205,10 @@ def arguments_of(command: str, topic: str, folder: Path) -> list[str]:
         "verify": ["verify", "--model", "null", *on_topic],
         "report": ["report", str(folder / "report.html"), *on_topic],
         "explain": ["explain", "pair-3", *on_topic],
+        "bundle list": ["bundle", "list"],
+        "recluster": [*RECLUSTER, "--out", str(folder / f"bundle-{time.monotonic_ns()}")],
+        "recluster --dry-run": [*RECLUSTER, "--dry-run"],
+        "topics": ["topics", *on_topic, "--partitions", "2"],
         "dlq list": ["dlq", "list", *on_topic],
         "dlq replay": ["dlq", "replay", *on_topic],
     }[command]  # fmt: skip
@@ -214,6 +239,8 @@ def test_a_command_has_enough_with_the_rights_of_the_table_and_names_each_one_th
     # given
     request.addfinalizer(lambda: secured.take_away("CN=client"))
     connection = secured.over_tls(certificate)
+    if command.startswith("recluster"):
+        stream = request.getfixturevalue("pictures")
     least = set(least_rights(command, raw=stream, stream=stream, instance="one"))
     options = connected(connection, tmp_path)
     picture = tmp_path / "source"
