@@ -148,7 +148,7 @@ def command_of(
     if contender == "plain loop":
         return [sys.executable, str(HERE / "plain_loop.py"), bootstrap, data.topic, group, kept]
     if contender == "kafka streams":
-        return ["java", "-Xmx1g", "-cp", f"{STREAMS_JARS}:{STREAMS_JARS}/*", "ReducePairs", bootstrap, data.topic, group, kept,
+        return ["java", "-Xmx3g", "-cp", f"{STREAMS_JARS}:{STREAMS_JARS}/*", "ReducePairs", bootstrap, data.topic, group, kept,
                 str(folder), str(SEED)]  # fmt: skip
     way = contender.removeprefix("quix, ").replace(" ", "_")
     return [str(quix), str(HERE / "quix_worker.py"), way, bootstrap, data.topic, group, kept, str(folder), str(SEED)]
