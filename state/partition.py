@@ -248,25 +248,17 @@ class Partition:
 
     def look_up(self, known_hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
         """The offset at which each id was counted: NOT_KNOWN where it was not, TAKEN_DOWN where it never counts again."""
-        hashes = known_hashes.tolist()
-        firsts = [NOT_KNOWN] * len(hashes)
-        for layer in self._layers():
-            if layer.counted:
-                counted = layer.counted.get
-                firsts = [
-                    counted(known, NOT_KNOWN) if first < 0 else first
-                    for known, first in zip(hashes, firsts, strict=True)
-                ]
-        if found := self.store.known_offsets(known_hashes):
-            # an id that was out of the window counts again
-            firsts = [
-                found.get(known, NOT_KNOWN) if first < 0 else first for known, first in zip(hashes, firsts, strict=True)
-            ]
-        if self._forgotten:
-            firsts = [
-                TAKEN_DOWN if known in self._forgotten else first for known, first in zip(hashes, firsts, strict=True)
-            ]
-        return np.array(firsts, np.int64)
+        # Few of a batch are known, so only those are looked at one by one.
+        hashes = set(known_hashes.tolist())
+        found = self.store.known_offsets(known_hashes)
+        for layer in reversed(
+            self._layers()
+        ):  # an id that was out of the window counts again: the newest offset is meant
+            found.update((known, layer.counted[known]) for known in layer.counted.keys() & hashes)
+        found.update((known, TAKEN_DOWN) for known in self._forgotten & hashes)
+        names = sorted(found)
+        offsets = np.array([found[name] for name in names], np.int64)
+        return _found(np.array(names, np.uint64), offsets, known_hashes)
 
     def is_known(self, firsts: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
         """`fate_if_seen` for many at once: whether no image is needed to decide. firsts  what `look_up` said."""
@@ -824,8 +816,8 @@ def _undecided(count: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArra
 
 
 def _found(names: NDArray[np.uint64], values: NDArray[np.int64], wanted: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """The value of each wanted name, -1 where it is not among the names, which are sorted."""
+    """The value of each wanted name, NOT_KNOWN where it is not among the names, which are sorted."""
     if not len(names):
-        return np.full(len(wanted), -1)
+        return np.full(len(wanted), NOT_KNOWN)
     at = np.minimum(np.searchsorted(names, wanted), len(names) - 1)
-    return np.where(names[at] == wanted, values[at], -1)
+    return np.where(names[at] == wanted, values[at], NOT_KNOWN)

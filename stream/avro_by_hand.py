@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from itertools import chain
 from struct import Struct
 from typing import Any
 
@@ -44,7 +45,11 @@ def read_raw_pair(data: bytes, at: int) -> RawValues:
     branch = data[end]
     at = end + 1
     if branch == 2:  # the second of a union's branches, as zigzag
-        size, at = _length(data, at)
+        size = data[at]
+        if size & 129 == 128 and data[at + 1] < 128:
+            size, at = (size & 127 | data[at + 1] << 7) >> 1, at + 2
+        else:
+            size, at = _length(data, at)
         end = at + size
         image = data[at:end] if size < VIEWED_BYTES else memoryview(data)[at:end]
         at = end
@@ -82,7 +87,11 @@ def read_raw_pair(data: bytes, at: int) -> RawValues:
             end = at + size
             fields[name] = data[at:end].decode()
             at = end
-        count, at = _length(data, at)
+        count = data[at]
+        if count & 129:
+            count, at = _length(data, at)
+        else:
+            count, at = count >> 1, at + 1
     if at > len(data):
         raise ValueError("it ends early")
     return pair_id, caption, image, image_uri, fields
@@ -120,7 +129,11 @@ def write_pair_codes(record: Mapping[str, Any]) -> bytes:
     ]  # fmt: skip
     if ids := record["ids"]:
         parts.append(_long(len(ids)))
-        parts += [part for encoded in map(str.encode, ids) for part in (_long(len(encoded)), encoded)]
+        encoded = list(map(str.encode, ids))
+        sizes = list(map(len, encoded))
+        # A takedown's id may be as long as a key.
+        length = _LENGTHS.__getitem__ if max(sizes) < len(_LENGTHS) else _long
+        parts.extend(chain.from_iterable(zip(map(length, sizes), encoded, strict=True)))
     parts.append(b"\0")
     for column in ("offsets", "fates", "clusters", "positions", "priorities", "itms", "vectors", "duplicate_of"):
         parts += (_long(len(record[column])), record[column])
@@ -163,6 +176,7 @@ def _varint(number: int) -> bytes:
 # The bytes of most lengths and counters, and the first two of longer numbers.
 _SMALL = [_varint(number) for number in range(1 << 14)]
 _FIRST = [bytes((number & 127 | 128, number >> 7 | 128)) for number in range(1 << 14)]
+_LENGTHS = [_varint(2 * number) for number in range(1 << 14)]
 
 
 def _long(number: int) -> bytes:

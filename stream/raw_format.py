@@ -154,16 +154,16 @@ class OwnReader:
     def read(self, message_key: bytes | None, value: bytes) -> RawRecord:
         try:
             whole = value.startswith(self._header)
-            pair_id, caption, image, image_uri, fields = (
-                read_raw_pair(value, self._start) if whole else self._any(value)
-            )
+            pair = read_raw_pair(value, self._start) if whole else self._any(value)
         except (ValueError, IndexError):  # damaged, or the encoder of another language: fastavro says which
-            pair_id, caption, image, image_uri, fields = self._any(value)
+            pair = self._any(value)
+        pair_id, caption, image, image_uri, fields = pair
         if not caption or caption.isspace():
             raise UndecodableRecord(Reason.EMPTY_CAPTION, "the caption is empty")
-        if not (image or image_uri):
-            raise UndecodableRecord(Reason.NO_IMAGE, "neither image bytes nor an image URI")
-        pair = (pair_id or _id_of_key(message_key), caption, image or None, image_uri, fields)
+        if not (pair_id and image):
+            if not (image or image_uri):
+                raise UndecodableRecord(Reason.NO_IMAGE, "neither image bytes nor an image URI")
+            pair = (pair_id or _id_of_key(message_key), caption, image or None, image_uri, fields)
         return tuple.__new__(RawRecord, pair)  # RawRecord(*pair) without its Python frame
 
     def _any(self, value: bytes) -> RawValues:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
+from itertools import compress, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +30,6 @@ from stream.records import Codec, UndecodableRecord
 from stream.topics import KEPT_OVERHEAD_BYTES
 
 Message = Any  # confluent_kafka.Message
-Image = bytes | memoryview
 
 # A cluster of -1: nobody looked at the image.
 NO_CLUSTER = -1
@@ -263,7 +262,7 @@ def reduce_batch(
         known = partitions[number].is_known(firsts[named], batch.offsets[named])
         batch.kinds[named[known & (batch.kinds[named] == Kind.PAIR)]] = Kind.KNOWN
     lap("read")
-    images, pictures = _look_at_all(np.flatnonzero(batch.kinds == Kind.PAIR).tolist(), batch, using)
+    fetched, pictures = _look_at_all(np.flatnonzero(batch.kinds == Kind.PAIR).tolist(), batch, using)
     lap("decode")
 
     vectors = using.model.encode(pictures)
@@ -272,7 +271,8 @@ def reduce_batch(
     for model, its in _by_model(batch.numbers[pairs], partitions, using):
         clusters[its] = model.assign(vectors[its])
     lap("encode")
-    itms = using.model.match(vectors, [batch.raw(row).caption for row in pairs.tolist()], pictures)
+    raws = batch.raws
+    itms = using.model.match(vectors, [raws[row].caption for row in pairs.tolist()], pictures)  # type: ignore[union-attr]
     out.images += len(pairs)
     out.itm_raw += itms.tolist()
     lap("match")
@@ -284,7 +284,7 @@ def reduce_batch(
     lap("decide")
 
     if kept.rows:
-        _caption(batch, kept, images, (clusters, itms, vectors), pictures, partitions, using, out)
+        _caption(batch, kept, fetched, (clusters, itms, vectors), pictures, partitions, using, out)
         lap("caption")
 
 
@@ -320,17 +320,17 @@ def _read(messages: Sequence[Message], partitions: dict[int, Partition], using: 
     # What is no larger can always be kept: see `_refuse_what_cannot_be_kept`, where a byte counts eight times at most.
     small = (kept_bytes_max - KEPT_OVERHEAD_BYTES) // 8
     first_wanted = {number: partition.next_offset or 0 for number, partition in partitions.items()}
-    wanted: list[Message] = []
-    numbers: list[int] = []
-    offsets: list[int] = []
+    wanted = list(messages)
+    numbers = [message.partition() for message in wanted]
+    offsets = [message.offset() for message in wanted]
+    here = [offset >= first_wanted.get(number, NEVER) for number, offset in zip(numbers, offsets, strict=True)]
+    if not all(here):
+        wanted, numbers, offsets = (list(compress(column, here)) for column in (wanted, numbers, offsets))
     raws: list[RawRecord | None] = []
     ids: list[str] = []
     takedowns: list[int] = []
     troubles: dict[int, BadImage | UndecodableRecord] = {}
-    for message in messages:
-        number, offset = message.partition(), message.offset()
-        if offset < first_wanted.get(number, NEVER):
-            continue
+    for message in wanted:
         raw, pair_id, value = None, "", message.value()
         try:
             if value is None:
@@ -338,7 +338,7 @@ def _read(messages: Sequence[Message], partitions: dict[int, Partition], using: 
                 if not key:
                     raise UndecodableRecord(Reason.NO_ID, "neither a key nor a value")
                 pair_id = key.decode("utf-8", "replace")
-                takedowns.append(len(wanted))
+                takedowns.append(len(raws))
             else:
                 raw = read(message.key(), value)
                 pair_id = raw.id
@@ -346,10 +346,7 @@ def _read(messages: Sequence[Message], partitions: dict[int, Partition], using: 
                     _refuse_what_cannot_be_kept(raw, kept_bytes_max)
         except UndecodableRecord as error:
             raw, pair_id = None, ""
-            troubles[len(wanted)] = error
-        wanted.append(message)
-        numbers.append(number)
-        offsets.append(offset)
+            troubles[len(raws)] = error
         raws.append(raw)
         ids.append(pair_id)
     kinds = np.full(len(wanted), Kind.PAIR, np.uint8)
@@ -429,7 +426,7 @@ def _decide(
 def _caption(
     batch: _Batch,
     kept: _Kept,
-    images: dict[int, Image],
+    fetched: dict[int, bytes],
     seen: tuple[NDArray[np.int32], NDArray[np.float32], Vectors],
     pictures: Sequence[Picture],
     partitions: dict[int, Partition],
@@ -467,7 +464,8 @@ def _caption(
     for at, (row, number, position, place, cluster, itm, text, whole, itm_refined, offset, priority) in enumerate(
         columns
     ):
-        raw, partition, image = batch.raw(row), partitions[number], images[row]
+        raw, partition = batch.raw(row), partitions[number]
+        image = fetched[row] if raw.image is None else raw.image
         epoch = partition.epoch
         value = header + write_kept_pair(
             raw.id, image, raw.caption, text, whole, epoch, cluster, position, codes[at * width : (at + 1) * width],
@@ -504,40 +502,36 @@ def _refuse_what_cannot_be_kept(raw: RawRecord, kept_bytes_max: int) -> None:
         )
 
 
-def _look_at_all(wanted: list[int], batch: _Batch, using: Reduction) -> tuple[dict[int, Image], list[Picture]]:
-    """The image bytes of the rows `wanted` (in that order), and what the encoder sees of each; each thread takes one share.
+def _look_at_all(wanted: list[int], batch: _Batch, using: Reduction) -> tuple[dict[int, bytes], list[Picture]]:
+    """The images of the rows `wanted` that had to be fetched, and what the encoder sees of each row, in that order.
 
-    A row whose image cannot be had or decoded becomes UNSEEN.
+    Each thread takes one share. A row whose image cannot be had or decoded becomes UNSEEN, and is not among them.
     """
+    fetched: dict[int, bytes] = {}
+    decode = using.model.decode
+
+    def look_at(rows: list[int]) -> list[Picture | None]:
+        pictures: list[Picture | None] = []
+        for row in rows:
+            try:
+                raw = batch.raw(row)
+                if (image := raw.image) is None:
+                    image = fetched[row] = _fetched(raw, using)
+                pictures.append(decode(image))
+            except BadImage as error:
+                batch.kinds[row] = Kind.UNSEEN
+                batch.troubles[row] = error
+                pictures.append(None)
+        return pictures
+
     if using.threads == 1:
-        looked_at = [_look_at(batch.raws[row], using) for row in wanted]
+        looked_at = look_at(wanted)
     else:
         shares = [wanted[first :: using.threads] for first in range(using.threads)]
-        done = using.pool.map(lambda share: [_look_at(batch.raws[row], using) for row in share], shares)
-        found = {
-            row: seen for share, its in zip(shares, done, strict=True) for row, seen in zip(share, its, strict=True)
-        }
-        looked_at = [found[row] for row in wanted]
-    images: dict[int, Image] = {}
-    pictures: list[Picture] = []
-    for row, seen in zip(wanted, looked_at, strict=True):
-        if isinstance(seen, BadImage):
-            batch.kinds[row] = Kind.UNSEEN
-            batch.troubles[row] = seen
-        else:
-            images[row] = seen[0]
-            pictures.append(seen[1])
-    return images, pictures
-
-
-def _look_at(raw: RawRecord | None, using: Reduction) -> tuple[Image, Picture] | BadImage:
-    if raw is None:
-        raise ValueError("only a pair has an image")
-    try:
-        image = raw.image if raw.image is not None else _fetched(raw, using)
-        return image, using.model.decode(image)
-    except BadImage as error:
-        return error
+        looked_at = [None] * len(wanted)
+        for first, seen in enumerate(using.pool.map(look_at, shares)):
+            looked_at[first :: using.threads] = seen
+    return fetched, [picture for picture in looked_at if picture is not None]
 
 
 def _fetched(raw: RawRecord, using: Reduction) -> bytes:
