@@ -49,7 +49,7 @@ def names_in(expression: str) -> set[str]:
 
 @pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule.get("alert") or rule["record"])
 def test_a_rule_asks_for_metrics_that_exist(rule: dict[str, Any]) -> None:
-    labelled = {"tldr_partitions", "tldr_lag_records", "tldr_reduced_set_pairs"}  # no sample before the first partition
+    labelled = {"tldr_partitions", "tldr_lag_records", "tldr_reduced_set_pairs", "tldr_partition_epoch", "tldr_drift_alarm"}  # no sample before the first partition
 
     names = names_in(rule["expr"])
 
@@ -102,7 +102,10 @@ def test_there_is_a_dashboard_a_question() -> None:
 def test_a_dashboard_asks_any_prometheus_for_one_stream_and_for_metrics_that_exist(file: Path) -> None:
     dashboard = json.loads(file.read_text())
     variables = {variable["name"]: variable for variable in dashboard["templating"]["list"]}
-    labelled = {"tldr_partitions", "tldr_lag_records", "tldr_reduced_set_pairs", "tldr_store_bytes"}
+    labelled = {
+        "tldr_partitions", "tldr_lag_records", "tldr_reduced_set_pairs", "tldr_store_bytes", "tldr_partition_epoch",
+        "tldr_drift_effect", "tldr_drift_alarm",
+    }  # fmt: skip
 
     assert variables.keys() == {"datasource", "namespace", "job"}
     assert variables["datasource"]["type"] == "datasource"
