@@ -187,12 +187,12 @@ def revoked_life(stream: Stream, nth: int = 0, at: str = "") -> Life:
             "the worker gives a partition away, or dies over it",
         )  # fmt: skip
         if not _is_zombie(nursery.pid):
-            os.kill(nursery.pid, signal.SIGTERM)
+            nursery.send_signal(signal.SIGTERM)
         life = nursery.end()
         if life.status == KILLED:
             nursery.begin(stream.arguments(), stream.log)
             until(lambda: processed(kafka, stream.name), "everything is processed")
-            os.kill(nursery.pid, signal.SIGTERM)
+            nursery.send_signal(signal.SIGTERM)
             nursery.end()
         else:
             until(lambda: processed(kafka, stream.name), "everything is processed")
@@ -246,12 +246,12 @@ def _switched_and_rebalanced(stream: Stream, nth: int) -> Life:
             "the partitions are switched, or the worker dies over it",
         )
         if not _is_zombie(nursery.pid):
-            os.kill(nursery.pid, signal.SIGTERM)
+            nursery.send_signal(signal.SIGTERM)
         life = nursery.end()
         if life.status == KILLED:
             nursery.begin(stream.arguments(), stream.log)
             until(lambda: processed(kafka, stream.name) and _all_switched(stream), "everything is processed")
-            os.kill(nursery.pid, signal.SIGTERM)
+            nursery.send_signal(signal.SIGTERM)
             nursery.end()
         until(lambda: processed(kafka, stream.name), "everything is processed")
         other.drain()

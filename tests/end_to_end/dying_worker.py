@@ -8,6 +8,7 @@ thread itself, so that forking it is safe; the import of a worker would take ten
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -214,7 +215,7 @@ class Nursery:
     ) -> None:  # fmt: skip
         """Starts a worker; it kills itself at its nth step (see Countdown). One that a failed test left behind is killed."""
         if self.pid:
-            os.kill(self.pid, signal.SIGKILL)
+            self.send_signal(signal.SIGKILL)
             self.end()
         self._report = log.with_suffix(".steps")
         self._report.unlink(missing_ok=True)
@@ -236,6 +237,11 @@ class Nursery:
         self.pid = 0
         return Life(status, self.steps)
 
+    def send_signal(self, signum: int) -> None:
+        """To the worker; one that has ended by itself says so in its status."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signum)
+
     @property
     def steps(self) -> list[str]:
         """The steps of the worker so far."""
@@ -253,7 +259,7 @@ class Nursery:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.pid:
-            os.kill(self.pid, signal.SIGKILL)
+            self.send_signal(signal.SIGKILL)
         self._process.kill()
         self._process.wait()
 
