@@ -193,7 +193,8 @@ def revoked_life(stream: Stream, nth: int = 0, at: str = "") -> Life:
             nursery.begin(stream.arguments(), stream.log)
             until(lambda: processed(kafka, stream.name), "everything is processed")
             nursery.send_signal(signal.SIGTERM)
-            nursery.end()
+            heir = nursery.end()
+            assert heir.status == THROUGH, f"the heir ended with {heir.status}:\n{stream.log.read_text()[-3000:]}"
         else:
             until(lambda: processed(kafka, stream.name), "everything is processed")
         other.drain()
@@ -252,7 +253,8 @@ def _switched_and_rebalanced(stream: Stream, nth: int) -> Life:
             nursery.begin(stream.arguments(), stream.log)
             until(lambda: processed(kafka, stream.name) and _all_switched(stream), "everything is processed")
             nursery.send_signal(signal.SIGTERM)
-            nursery.end()
+            heir = nursery.end()
+            assert heir.status == THROUGH, f"the heir ended with {heir.status}:\n{stream.log.read_text()[-3000:]}"
         until(lambda: processed(kafka, stream.name), "everything is processed")
         other.drain()
     finally:

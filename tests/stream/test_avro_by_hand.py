@@ -33,7 +33,8 @@ kept_pairs = st.fixed_dictionaries(
 
 pair_codes = st.fixed_dictionaries(
     {
-        "partition": ints, "epoch": longs, "bundle": texts, "tokens": ints, "ids": st.lists(texts | st.just("x" * 20_000), max_size=5),
+        "partition": ints, "epoch": longs, "bundle": texts, "tokens": ints,
+        "ids": st.lists(texts | st.just("x" * 20_000), max_size=5),
         **dict.fromkeys(
             ("offsets", "fates", "clusters", "positions", "priorities", "itms", "vectors", "duplicate_of"), blobs
         ),
