@@ -53,12 +53,6 @@ def test_a_rule_asks_for_metrics_that_exist(rule: dict[str, Any]) -> None:
     labelled = {
         "tldr_partitions", "tldr_lag_records", "tldr_reduced_set_pairs", "tldr_partition_epoch", "tldr_drift_alarm",
     }  # fmt: skip
-        "tldr_partitions",
-        "tldr_lag_records",
-        "tldr_reduced_set_pairs",
-        "tldr_partition_epoch",
-        "tldr_drift_alarm",
-    }  # no sample before the first partition
 
     names = names_in(rule["expr"])
 
