@@ -7,17 +7,21 @@ partition to its new owner, never comes. Must not know what is done with partiti
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from threading import Thread
 
-from confluent_kafka import ConsumerGroupState, KafkaException
+from confluent_kafka import KafkaException
 
 from stream.kafka import REQUEST_TIMEOUT_S, Connection
 
 # A rebalance under way has gaps for a moment; a member hears of one with its next heartbeat (3 s).
 LOOK_AFTER_S = 3.0
+STABLE = "Stable"
+
+_short, _int = struct.Struct(">h"), struct.Struct(">i")
 
 
 class GapWatch:
@@ -34,7 +38,7 @@ class GapWatch:
         self._connection, self._group, self._topic = connection, group, topic
         self._partitions = set(range(partition_count))
         self._clock = clock
-        self._asked: Future[Any] | None = None
+        self._asked: Future[set[int] | None] | None = None
         self._look_at = clock() + LOOK_AFTER_S
         self._whole = False
 
@@ -43,23 +47,53 @@ class GapWatch:
         if self._whole or self._clock() < self._look_at:
             return False
         if self._asked is None:
-            admin = self._connection.admin
-            self._asked = admin.describe_consumer_groups([self._group], request_timeout=REQUEST_TIMEOUT_S)[self._group]
+            self._asked = Future()
+            Thread(target=self._ask, args=(self._asked,), name="group", daemon=True).start()
         if not self._asked.done():
             return False
         asked, self._asked = self._asked, None
         self._look_at = self._clock() + LOOK_AFTER_S
-        try:
-            group = asked.result()
-        except KafkaException:  # the broker is away: the next look tells
+        owned = asked.result()
+        if owned is None:
             return False
-        if group.state != ConsumerGroupState.STABLE:
-            return False
-        owned = {
-            tp.partition
-            for member in group.members
-            for tp in member.assignment.topic_partitions
-            if tp.topic == self._topic
-        }
         self._whole = owned >= self._partitions
         return not self._whole
+
+    def _ask(self, answer: Future[set[int] | None]) -> None:
+        """The partitions that have an owner; None while nobody can tell."""
+        # Not AdminClient.describe_consumer_groups: librdkafka (2.16) ends the process with a failed assertion in it where
+        # the broker goes away at the wrong moment (docs/tried.md).
+        try:
+            groups = self._connection.admin.list_groups(self._group, timeout=REQUEST_TIMEOUT_S)
+            group = next((one for one in groups if one.id == self._group), None)
+            if group is None or group.state != STABLE:
+                answer.set_result(None)
+                return
+            answer.set_result(
+                {p for member in group.members for p in assigned_partitions(member.assignment, self._topic)}
+            )
+        except KafkaException:  # the broker is away: the next look tells
+            answer.set_result(None)
+        except Exception as error:
+            answer.set_exception(error)
+
+
+def assigned_partitions(assignment: bytes, topic: str) -> set[int]:
+    """The partitions of `topic` in a member's assignment, as Kafka's ConsumerProtocolAssignment has it; none in no bytes."""
+    if not assignment:
+        return set()
+    found: set[int] = set()
+    at = _short.size  # the version: all of them begin alike
+    (topics,) = _int.unpack_from(assignment, at)
+    at += _int.size
+    for _ in range(topics):
+        (size,) = _short.unpack_from(assignment, at)
+        at += _short.size
+        name = assignment[at : at + size].decode()
+        at += size
+        (count,) = _int.unpack_from(assignment, at)
+        at += _int.size
+        if name == topic:
+            found.update(struct.unpack_from(f">{count}i", assignment, at))
+        at += count * _int.size
+    return found
