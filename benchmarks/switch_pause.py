@@ -17,6 +17,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -76,12 +77,18 @@ class Bench:
         self.decide(BATCH_PAIRS)
         return time.perf_counter() - began
 
+    def beside(self, step: Callable[[], bool]) -> None:
+        """Steps until none is left, as the worker's thread does; the loop lets the store make room now and then."""
+        while step():
+            self.store.make_room()
+        self.store.make_room()
+
     def switch(self, number: int) -> dict[str, float]:
         model, epoch = self.models[number], self.partition.epoch + 1
         before = [self.batch_s() for _ in range(5)]
         self.commit()
         beside = time.perf_counter()
-        Regrouping(self.store, epoch, model.version, model.assign).finish()
+        self.beside(Regrouping(self.store, epoch, model.version, model.assign).step)
         beside = time.perf_counter() - beside
         self.decide(COMMIT_PAIRS)
         self.commit()
@@ -95,9 +102,8 @@ class Bench:
         self.model = model
         after = [self.batch_s() for _ in range(5)]
         self.commit()
-        Regrouping(self.store, epoch, model.version, model.assign, self.next).finish()
-        while sweep(self.store):
-            pass
+        self.beside(Regrouping(self.store, epoch, model.version, model.assign, self.next).step)
+        self.beside(lambda: sweep(self.store))
         return {
             "pause_s": pause, "changelog_bytes": written, "beside_s": beside,
             "batch_before_s": statistics.median(before), "first_batch_after_s": after[0],
@@ -118,9 +124,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=given.directory) as folder:
             bench = Bench(Path(folder), entries, given.tokens)
             there = bench.store.entry_count()
+            before = (Path(folder) / "data.mdb").stat().st_size
             runs = [bench.switch(number) for number in range(1, given.switches + 1)]
+            grown = (Path(folder) / "data.mdb").stat().st_size / before
             bench.store.close()
         medians[entries] = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+        medians[entries] |= {"store_bytes": float(before), "store_grown": round(grown, 2)}
         told = ", ".join(f"{name} {value:.4g}" for name, value in medians[entries].items())
         print(f"{there:,} entries, {given.switches} switches, medians: {told}", flush=True)
     small, large = (medians[entries] for entries in given.entries)

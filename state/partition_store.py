@@ -148,6 +148,7 @@ class PartitionStore:
         self._writing = threading.Lock()
         self._closed = False
         self.room_wanted = False  # a step beside found the map full, which only its user may enlarge
+        self._behind = False  # a step beside has written since our own view began
         try:
             self._env = lmdb.open(str(self.path), map_size=map_bytes, max_dbs=8, max_readers=16)
         except _NOT_OURS as error:
@@ -203,7 +204,11 @@ class PartitionStore:
             except lmdb.Error as error:
                 self._explain(error)
             finally:
-                self._read = self._env.begin()
+                self._begin_view()
+
+    def _begin_view(self) -> None:
+        self._behind = False
+        self._read = self._env.begin()
 
     def _grow(self) -> None:
         self._env.set_mapsize(2 * self._env.info()["map_size"])
@@ -445,6 +450,7 @@ class PartitionStore:
             try:
                 with self._env.begin(write=write) as txn:
                     yield txn
+                self._behind |= write
             except lmdb.MapFullError as error:
                 self.room_wanted = True
                 raise RoomWanted(f"the map of the store {self.path} is full") from error
@@ -452,19 +458,25 @@ class PartitionStore:
                 self._explain(error)
 
     def make_room(self) -> None:
-        """Enlarges the map if a step beside has asked for it. By the store's user, with nobody reading."""
+        """Lets go of the pages that steps beside have replaced, and enlarges the map if one has asked for it.
+
+        By the store's user, with nobody reading. A view that outlives many such steps keeps all that they replace: the file of
+        a million entries grew by gigabytes while they were grouped.
+        """
         if self.room_wanted:
             with self._writing:
                 self._read.abort()
                 try:
                     self._grow()
                 finally:
-                    self._read = self._env.begin()
+                    self._begin_view()
+        elif self._behind:
+            self.refresh()
 
     def refresh(self) -> None:
         """Sees from now on what was grouped beside."""
         self._read.abort()
-        self._read = self._env.begin()
+        self._begin_view()
 
     def grouped(self, epoch: int, bundle: str, until: int) -> bool:
         """Whether the marks of an epoch are all there: of entries from before the input offset `until`."""

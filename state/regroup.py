@@ -58,9 +58,10 @@ class Regrouping:
         try:
             return self._step()
         except RoomWanted:
+            return True
+        finally:
             if self._alone:
                 self.store.make_room()
-            return True
 
     def _step(self) -> bool:
         if not self.store.begin_grouping(self.epoch, self.bundle):
@@ -100,6 +101,4 @@ class Regrouping:
         while self.step():
             if cancelled():
                 return False
-        if self._alone:
-            self.store.refresh()
         return True

@@ -217,3 +217,17 @@ def test_a_partition_that_is_taken_back_ends_what_goes_on_beside_it(tmp_path: Pa
 
     with pytest.raises(StoreClosed):
         Regrouping(store, 1, "bundle", clusters_of(0, 3)).step()
+
+
+def test_grouping_replaces_pages_and_does_not_pile_them_up(make: Callable[..., Stream]) -> None:
+    """Entries of one step lie in cells all over, so that a step replaces most pages of their marks."""
+    stream = make(clusters_of(0, 1000), cell_cap=50)
+    stream.feed(20_000)
+    file = Path(stream.store.path) / "data.mdb"
+    before = file.stat().st_size
+    regrouping = stream.regrouping(clusters_of(1, 1000))
+
+    while regrouping.step():
+        stream.store.make_room()  # as the worker's loop does between two batches
+
+    assert file.stat().st_size < 2.5 * before
