@@ -177,11 +177,14 @@ class BundleSwitch:
                 raise TldrError(_another(switch.bundle, self.base.version))
             model, epoch, until = self.base, switch.epoch, switch.input_offset
         else:
-            with self._one_at_a_time:
-                self._look_now()
-                found = self._model(switch.bundle)
-                if found is None:
-                    self._choose()
+            # What is loaded is not forgotten while a partition is restored, and whoever fetches another one may take long.
+            found = self.models.get(switch.bundle)
+            if found is None:
+                with self._one_at_a_time:
+                    self._look_now()
+                    found = self._model(switch.bundle)
+                    if found is None:
+                        self._choose()
             if found is not None:
                 model, epoch, until = found, switch.epoch, switch.input_offset
             else:

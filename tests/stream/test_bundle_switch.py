@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,7 @@ class Worker:
         self.running: dict[int, Partition] = {}
         self.metrics, self.models, self.missing = Metrics(), dict[str, PairModel](), set[str]()
         self.loads: list[str] = []
+        self.arrives: dict[str, threading.Event] = {}  # of bundles that are slow to fetch
         self.switch = BundleSwitch(
             BASE, name, Announced(kafka), self.load, lambda: self.running, capped, self.metrics, self.models
         )
@@ -43,6 +45,8 @@ class Worker:
 
     def load(self, announcement: Announcement) -> PairModel:
         self.loads.append(announcement.uri)
+        if announcement.uri in self.arrives:
+            assert self.arrives[announcement.uri].wait(30)
         if announcement.uri in self.missing:
             raise BundleError(f"{announcement.uri} is cut off")
         return NullModel.at(announcement.uri)
@@ -134,6 +138,23 @@ def test_a_bundle_that_cannot_be_loaded_changes_nothing_but_a_metric_until_it_ca
 
     assert worker.running[0].bundle == announced.version
     assert missing("tldr_bundle_missing") == 0
+
+
+def test_a_partition_that_comes_while_a_bundle_is_fetched_does_not_wait_for_it(worker: Worker) -> None:
+    worker.run(0)
+    worker.feed(0, 5)
+    worker.arrives["null:1/2"] = arrives = threading.Event()
+    announced = announce_folder(worker.kafka, "null:1/2", worker.name)
+    until(lambda: worker.loads == ["null:1/2"], "it is being fetched", 20)
+
+    worker.close(0)
+    worker.run(0)
+    worker.feed(0, 5)
+
+    assert not arrives.is_set() and worker.running[0].bundle == BASE.version
+    arrives.set()
+    worker.switch_over(0)
+    assert worker.running[0].bundle == announced.version
 
 
 def test_a_partition_that_comes_with_a_bundle_that_cannot_be_had_is_not_run_in_an_older_epoch(worker: Worker) -> None:
