@@ -35,7 +35,7 @@ from stream.intake import Intake
 from stream.logs import at, offsets_of, place
 from stream.metrics import Metrics
 from stream.murmur2 import partitions_of
-from stream.reduce import Cancelled, Effects, Reduction, reduce_batch
+from stream.reduce import Cancelled, CodesColumns, Effects, Reduction, reduce_batch
 from stream.restore import Restored
 from stream.transaction import Aborted, Outlet, ProducerLost, Sealed, Undelivered, keep, seal, send
 
@@ -518,7 +518,13 @@ class Worker:
         metrics.itm_raw.observe(effects.itm_raw)
         metrics.itm_kept.observe(effects.itm_kept)
         metrics.itm_refined.observe(effects.itm_refined)
-        self._drift.take(effects.codes.values(), self.using.model)
+        self._watch_drift(effects.codes.values())
+
+    def _watch_drift(self, committed: Iterable[CodesColumns] = ()) -> None:
+        """By the bundle of the newest epoch; now and then without anything new, so that an idle stream's last pairs show."""
+        newest = max(self.assignment.running.values(), key=lambda partition: partition.epoch, default=None)
+        if newest is not None:
+            self._drift.take(committed, self.using.model_of(newest))
 
     def _update_gauges(self) -> None:
         now = self._clock()
@@ -528,6 +534,7 @@ class Worker:
         if now - self._gave_back_at >= GIVE_BACK_EVERY_S:
             self._gave_back_at = now
             give_back()
+        self._watch_drift()
         metrics, intake = self.metrics, self.intake
         metrics.buffer_bytes.set(intake.buffered_bytes)
         metrics.payload_bytes.inc(intake.received_bytes - self._counted_bytes)
