@@ -31,7 +31,7 @@ from numpy.typing import NDArray  # noqa: E402
 
 from corpus.shards import read_json_members  # noqa: E402
 from models.bundle import load_model, read_manifest  # noqa: E402
-from models.clustering import FORMS, Clustering, fit, held_out_errors, refit  # noqa: E402
+from models.clustering import FORMS, Clustering, Refit, fit, foretell, held_out_errors, refit  # noqa: E402
 from models.drift import (  # noqa: E402
     LOOKS_A_WINDOW,
     SIGNALS,
@@ -44,7 +44,7 @@ from models.drift import (  # noqa: E402
 from models.errors import BadImage  # noqa: E402
 from models.loaded import LoadedModel  # noqa: E402
 from stream.batch_tldr import Row, reduce_partition  # noqa: E402
-from stream.recluster import churn  # noqa: E402
+from stream.recluster import Churn, churn, coming  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / ".build" / "drift"
@@ -208,7 +208,8 @@ DRIFTS = {
     "half in shop style": f"half of the captions read `{SHOP.format('TITLE')}`",
     "half as tags": "half of the captions are the picture's tags with commas",
 }
-ALARM_SEEDS, DELAY_SEEDS, CHURN_SEEDS, HELP_SEEDS = range(10), range(5), range(2), range(5)
+CASES = ("unchanged", "drifted", "other")
+ALARM_SEEDS, DELAY_SEEDS, CHURN_SEEDS, HELP_SEEDS = range(100), range(5), range(10), range(5)
 
 
 # -- measurements ------------------------------------------------------------------------------------------------------
@@ -220,8 +221,10 @@ def false_alarms(material: Material, pool: str, seed: int) -> dict[str, Any]:
     rows = material.held_out if pool == "held out" else np.arange(len(material.noisy.itms))
     past, now = np.array_split(rng.permutation(rows), 2)
     clustering, baseline = material.bundle_of(material.noisy.at(past), CLUSTERS, "mean", seed)
-    stream = material.noisy.at(rng.choice(now, UNDRIFTED_PAIRS))
-    looks = _looks(clustering, baseline, stream)
+    # passes over the half, so that a window has no pair twice: twice the same pair tells a test nothing new
+    passes = [rng.permutation(now) for _ in range(-(-UNDRIFTED_PAIRS // len(now)))]
+    stream = material.noisy.at(np.concatenate(passes)[:UNDRIFTED_PAIRS])
+    looks = _looks(clustering, baseline, stream, min(WINDOW_PAIRS, len(now) * 4 // 5))
     found: dict[str, Any] = {"pool": pool, "pairs": len(rows), "looks": len(looks), "alarms": {}, "largest": {}}
     for name in SIGNALS:
         seen = [signal for _, look in looks for signal in look if signal.name == name]
@@ -284,34 +287,43 @@ def as_shipped(material: Material) -> dict[str, Any]:
 
 
 def churn_of(material: Material, form: str, clusters: int, seed: int) -> dict[str, Any]:
-    """A refit on unchanged data, and one on drifted data: numbers kept, and the churn foretold against what happens."""
+    """Refits on unchanged, drifted and wholly other data: numbers kept, and the churn foretold against what happens."""
     rng = np.random.default_rng(200 + seed)
-    past, window, fresh = np.array_split(rng.permutation(len(material.noisy.itms)), 3)
-    live = fit(material.noisy.vectors[past], material.codebook, clusters, form, seed)
+    noisy, clean = material.noisy.vectors, material.clean.vectors
+    parts = past, window, fresh = np.array_split(rng.permutation(len(noisy)), 3)
+    a, b = np.array_split(rng.permutation(len(clean)), 2)
+    others = np.array_split(rng.permutation(len(noisy)), 2)
+    cases = {
+        "unchanged": [noisy[rows] for rows in parts],
+        "drifted": [
+            noisy[past],
+            rng.permutation(np.concatenate([noisy[window[: len(a)]], clean[a]])),
+            rng.permutation(np.concatenate([noisy[fresh[: len(b)]], clean[b]])),
+        ],
+        "other": [clean, *(noisy[rows] for rows in others)],
+    }
     found: dict[str, Any] = {"form": form, "clusters": clusters}
-    new_kind = rng.permutation(len(material.clean.itms))
-    for name in ("unchanged", "drifted"):
-        vectors, later = material.noisy.vectors[window], material.noisy.vectors[fresh]
-        if name == "drifted":
-            a, b = np.array_split(new_kind, 2)
-            vectors = np.concatenate([vectors[: len(a)], material.clean.vectors[a]])
-            later = np.concatenate([later[: len(b)], material.clean.vectors[b]])
-            vectors, later = rng.permutation(vectors), rng.permutation(later)
+    for name, (before, vectors, later) in cases.items():
+        live = fit(before, material.codebook, clusters, form, seed)
         apart, fitted = np.split(vectors, [len(vectors) // 5])
         new = refit(live, fitted, apart, seed)
-        told = churn(live, new, apart, np.zeros(len(apart), np.int64), len(later))
-        happened = churn(live, new, later, np.zeros(len(later), np.int64), len(later))
-        # what was there when the switch came: every pair that the stream has seen
-        seen = np.concatenate([material.noisy.vectors[past], vectors])
-        all_told = churn(
-            live, new, rng.permutation(seen)[: len(seen) // 2], np.zeros(len(seen) // 2, np.int64), len(seen)
-        )
-        all_happened = churn(live, new, seen, np.zeros(len(seen), np.int64), len(seen))
+
+        def told(rows: NDArray[np.uint16], of: int, live: Clustering = live, new: Refit = new) -> Churn:
+            nowhere = np.zeros(len(rows), np.int64)
+            return churn(live.assign(rows), new.clustering.assign(rows), clusters, nowhere, of)
+
+        ahead = coming(foretell(live, new, fitted, apart, seed))
+        happened = told(later, len(later))
+        # what was there when the switch came: every pair that the stream has seen, and half of them to foretell it by
+        seen = rng.permutation(np.concatenate([before, vectors]))
+        half = seen[: len(seen) // 2]
+        some, everyone = told(half, len(seen)), told(seen, len(seen))
         found[name] = {
-            "foretold": told.moved, "margin": told.margin, "happened": happened.moved,
-            "quota_foretold": told.quota_moved, "quota_happened": happened.quota_moved,
-            "entries_foretold": all_told.moved, "entries_happened": all_happened.moved,
-            "emptied": [told.cells_emptied, happened.cells_emptied], "made": [told.cells_made, happened.cells_made],
+            "pairs": [len(vectors), len(later)],
+            "foretold": ahead.moved, "margin": ahead.margin, "happened": happened.moved,
+            "as_fitted": told(fitted, len(fitted)).moved, "by_a_fifth": told(apart, len(apart)).moved,
+            "quota_foretold": ahead.quota_moved, "quota_happened": happened.quota_moved,
+            "entries_foretold": some.moved, "entries_margin": some.margin, "entries_happened": everyone.moved,
         }  # fmt: skip
     return found
 
@@ -329,7 +341,7 @@ def worth(material: Material, clusters: int, share: float, seed: int) -> dict[st
     drifted = material.clean.at(clean).and_(material.noisy.at(rest[:others]))
     window, last = (drifted.at(rows) for rows in np.array_split(rng.permutation(len(drifted.itms)), 2))
     apart, fitted = np.split(window.vectors, [len(window.vectors) // 5])
-    new = refit(live, fitted, apart, seed)
+    new = refit(live, fitted, apart, seed).clustering
     stream = material.noisy.at(past).and_(window).and_(last)
     old_part = len(past) + len(window.itms)
     found: dict[str, Any] = {"clusters": clusters, "share": share, "pairs": len(last.itms)}
@@ -366,14 +378,16 @@ def _near_duplicates(families: NDArray[np.str_], kept: NDArray[np.bool_]) -> flo
     return float((sizes[family] > 1).mean()) if kept.any() else 0.0
 
 
-def _looks(clustering: Clustering, baseline: Baseline, stream: Pairs) -> list[tuple[int, list[Any]]]:
-    """(pairs seen, signals) at each look of a sliding window."""
-    window = DriftWindow(baseline, clustering, stream.vectors.shape[1])
-    clusters, step, found = clustering.assign(stream.vectors), WINDOW_PAIRS // LOOKS_A_WINDOW, []
+def _looks(
+    clustering: Clustering, baseline: Baseline, stream: Pairs, size: int = WINDOW_PAIRS
+) -> list[tuple[int, list[Any]]]:  # fmt: skip
+    """(pairs seen, signals) at each look of a sliding window of `size` pairs."""
+    window = DriftWindow(baseline, clustering, stream.vectors.shape[1], size)
+    clusters, step, found = clustering.assign(stream.vectors), size // LOOKS_A_WINDOW, []
     for start in range(0, len(clusters), step):
         rows = slice(start, start + step)
         window.add(stream.itms[rows], clusters[rows], stream.vectors[rows])
-        if window.pairs == WINDOW_PAIRS:
+        if window.pairs == size:
             found.append((start + step, window.look()))
     return found
 
@@ -439,9 +453,11 @@ def _false_alarm_lines(found: list[dict[str, Any]], shipped: list[dict[str, Any]
         return []
     lines = [
         "## False alarms", "",
-        f"The bundle from a random half of a pool of openclipart's pairs, {UNDRIFTED_PAIRS:,} pairs drawn from the other half. *Held out*: "
-        "only pairs that the captioner has not seen in training, whose ITM scores are what a stream's new pairs have.", "",
-        "| pool | seeds | windows | signal | alarms | in a thousand windows | largest effect seen | threshold |",
+        f"The bundle from a random half of a pool of openclipart's pairs, a stream of {UNDRIFTED_PAIRS:,} pairs of the other half, pass after "
+        "pass. *Held out*: only pairs that the captioner has not seen in training, whose ITM scores are what a stream's new pairs have; its half "
+        "is smaller than a window, which therefore has 708. Windows of one bundle see the same half, so what counts is the share of "
+        "bundles with any alarm.", "",
+        "| pool | bundles | windows | signal | windows with an alarm | bundles with an alarm | largest effect seen | threshold |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for pool in ("all", "held out"):
@@ -451,9 +467,8 @@ def _false_alarm_lines(found: list[dict[str, Any]], shipped: list[dict[str, Any]
         windows = sum(one["looks"] for one in its) / LOOKS_A_WINDOW
         for name in SIGNALS:
             alarms, largest = sum(one["alarms"][name] for one in its), max(one["largest"][name] for one in its)
-            rate = (
-                f"{1000 * alarms / windows:.1f}" if alarms else f"0 (at 95 % under {3000 / windows:.0f})"
-            )  # the rule of three
+            bundles = sum(one["alarms"][name] > 0 for one in its)
+            rate = str(bundles) if bundles else f"0 (at 95 % under {3 / len(its):.0%})"  # the rule of three
             head = f"{pool}, {its[0]['pairs']:,} pairs | {len(its)} | {windows:,.0f}" if name == SIGNALS[0] else " | | "
             lines.append(f"| {head} | `{name}` | {alarms} | {rate} | {largest:.1%} | {THRESHOLDS[name]:.0%} |")
     for one in shipped:
@@ -504,31 +519,63 @@ def _delays(delays: list[int | None]) -> str:
 def _churn_lines(found: list[dict[str, Any]]) -> list[str]:
     if not found:
         return []
+    seeds = len({one["unit"] for one in found}) // max(1, len({(one["form"], one["clusters"]) for one in found}))
     lines = [
         "## Churn, and how well it is foretold", "",
-        "Openclipart in thirds: the bundle, the window, and fresh pairs. *Drifted*: half of window and fresh pairs are tuxpaint's. *Kept*: "
-        "fresh pairs whose cluster has the same number before and after, least of the seeds. *Off by*: the largest difference between "
-        "what `--dry-run` says and what then happens, in points: of fresh pairs (in brackets the ± that it says itself), and of "
-        "the quota; *entries*: of all pairs that came before, where half of them are sampled.", "",
-        "| form | N | kept, unchanged | kept, drifted | pairs off by | quota off by | entries off by |", "|---|---|---|---|---|---|---|",
+        f"Openclipart in thirds: the bundle, the window, and fresh pairs. *Drifted*: half of window and fresh pairs are tuxpaint's. *Other*: "
+        f"the bundle is of tuxpaint, window and fresh pairs are openclipart's. {seeds} seeds each. *Kept*: fresh pairs whose cluster has the "
+        "same number before and after, least of the seeds. *Off by*: what `recluster --dry-run` says of pairs to come against what happens to "
+        "the fresh ones, in points, root mean square (and the largest); *quota* and *entries*: the largest; *entries* of all pairs that came "
+        "before, half of which are sampled (`recluster` samples from 256,000 entries on; below, nothing is off).", "",
+        "| form | N | kept, unchanged | kept, drifted | off by, unchanged | drifted | other | quota | entries |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for form in FORMS:
         for clusters in (16, 64):
             its = [one for one in found if (one["form"], one["clusters"]) == (form, clusters)]
             if not its:
                 continue
-            both = [one[name] for one in its for name in ("unchanged", "drifted")]
-
-            def off(what: str, both: list[dict[str, Any]] = both) -> str:
-                ends = {"": ("foretold", "happened")}.get(what, (f"{what}_foretold", f"{what}_happened"))
-                return f"{100 * max(abs(o[ends[0]] - o[ends[1]]) for o in both):.1f}"
-
-            kept = [1 - max(o[n]["happened"] for o in its) for n in ("unchanged", "drifted")]
-            margin = f"± {100 * max(o['margin'] for o in both):.1f}"
-            lines.append(
-                f"| {form} | {clusters} | {kept[0]:.1%} | {kept[1]:.1%} | {off('')} ({margin}) | {off('quota')} | {off('entries')} |"
+            kept = [1 - max(one[case]["happened"] for one in its) for case in ("unchanged", "drifted")]
+            off = [_rms_and_largest([one[case]["foretold"] - one[case]["happened"] for one in its]) for case in CASES]
+            quota, entries = (
+                100
+                * max(
+                    abs(one[case][f"{what}_foretold"] - one[case][f"{what}_happened"]) for one in its for case in CASES
+                )
+                for what in ("quota", "entries")
             )
+            lines.append(
+                f"| {form} | {clusters} | {kept[0]:.1%} | {kept[1]:.1%} | {' | '.join(off)} | {quota:.1f} | {entries:.1f} |"
+            )
+    lines += [
+        "", "By which rows the pairs to come are foretold, all forms together: *fitted*, the rows that K-Means was given, flatter it; *a fifth*, "
+        "those it was not given, are few; *all*, what `--dry-run` says: the fitted rows, and by how much such rows flatter, which refits "
+        "without another fifth each tell. *Within ±*: cases in which the difference is within both ± together, what is said and that of so "
+        "many fresh pairs; 95 % should be.", "",
+        "| | pairs in window / fresh | by fitted rows | by a fifth | by all | ± said, most | within ± | cases off by more than 2 points, by a fifth → by all |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for case in CASES:
+        its = [one[case] for one in found]
+        offs = {what: [one[what] - one["happened"] for one in its] for what in ("as_fitted", "by_a_fifth", "foretold")}
+        within = [abs(one["foretold"] - one["happened"]) <= _both_margins(one) for one in its]
+        wide = [sum(abs(off) > 0.02 for off in offs[what]) for what in ("by_a_fifth", "foretold")]
+        pairs = " / ".join(f"{count:,}" for count in its[0]["pairs"])
+        lines.append(
+            f"| {case} | {pairs} | {' | '.join(_rms_and_largest(off) for off in offs.values())} | "
+            f"± {100 * max(one['margin'] for one in its):.1f} | {np.mean(within):.1%} | {wide[0]} → {wide[1]} of {len(its)} |"
+        )
     return [*lines, ""]
+
+
+def _rms_and_largest(offs: list[float]) -> str:
+    points = 100 * np.array(offs)
+    return f"{np.sqrt((points**2).mean()):.1f} ({np.abs(points).max():.1f})"
+
+
+def _both_margins(one: dict[str, Any]) -> float:
+    happened = one["happened"]
+    return float(np.hypot(one["margin"], 1.96 * np.sqrt(happened * (1 - happened) / one["pairs"][1])))
 
 
 def _worth_lines(found: list[dict[str, Any]]) -> list[str]:
@@ -612,21 +659,27 @@ def _plot_worth(found: list[dict[str, Any]]) -> None:
 FINDINGS = [
     "What was found on 2026-11-25, good and bad:",
     "",
-    "- No false alarm in 91 windows of either pool. That bounds the rate by 33 in a thousand at 95 %, far above the one that the "
-    "level is set for: more seeds would tell. Effects alone would have alarmed: the median ITM of held-out pairs strays by up to 11 "
-    "points from bundle to bundle, since its baseline is of 885 pairs; only the test kept it quiet.",
+    "- Two of 3,662 windows alarm though nothing has drifted, both of one of 200 bundles, by its quantisation error: 0.5 in a thousand, and the "
+    "level is set for one. Effects alone would alarm in many: the median ITM of held-out pairs strays by up to 16 points from bundle to bundle, "
+    "since its baseline is of 885 pairs; only the test keeps it quiet.",
+    "- A stream that brings the same pairs again and again is taken for more than it tells: windows of 2,000 drawn with replacement from 885 "
+    "pairs alarmed by ITM in 5 of 100 bundles. (A worker drops a pair whose id it knows, but not a copy under another id.)",
     "- Shuffled captions and a wholly new kind of image alarm within a quarter of a window; three new images in ten or a new caption "
     "style in half a window to a whole one. Captions that become tags are never noticed: their scores hardly move.",
     "- Each drift of captions alarms by ITM alone and each of images by all others, so the alarm names what to look at; ITM is blind "
     "to tuxpaint's images, whose captions fit.",
     "- A bundle's ITM baseline is worth nothing for pairs that its captioner was trained on (33 points), and baselines from whole title "
     "families stand 1 to 8 % from other families of the same corpus before anything has drifted.",
-    "- Unchanged data keeps 97.4 % of its cluster numbers or more, in every form and for both N.",
-    "- The churn of all pairs that came before is foretold within 1.2 points in all 32 cases. That of fresh pairs is off by more than "
-    "two points in 6 of the 32, all of them drifted windows of a thousand pairs, a fifth of which is about 200 to foretell by, and twice "
-    "(2.7 and 8.8 points) by more than the ± that is said: take a window of tens of thousands.",
-    "- `raw` and `pca` hardly answer to a new kind of image: 96.4 % of the numbers or more stay though half of the pairs are new; `mean` moves "
-    "up to 41 %.",
+    "- Unchanged data keeps 97.1 % of its cluster numbers or more in all 80 cases, in every form and for both N.",
+    "- What `recluster --dry-run` says of pairs that are there already (of the window, of the reduced set) is what then happens: both bundles "
+    "are asked for their clusters. Half of them foretell all within 1.7 points.",
+    "- What it says of pairs to come has a bias of 0.2 points at most, and its ± is honest: 96 % of the 240 differences are within it and the fresh pairs' own. "
+    "In points (root mean square) it is off by 0.3, 1.1 and 1.1, where a held-out fifth alone is off by 0.4, 1.7 and 2.1 and the fitted rows by "
+    "0.8, 3.1 and 4.9. Ten of the 240 are off by more than two points, by 3.1 at most, none of unchanged data: windows of 1,022 and 3,632 pairs, "
+    "compared with as many fresh ones, tell no better. From 2,401 pairs on the ± itself is under two points, whatever the churn. The quota's share "
+    "is known as well for unchanged and drifted data; where all is other (half of the pairs move and more) it is within the ± in nine of ten.",
+    "- `raw` and `pca` hardly answer to a new kind of image: 95.5 % of the numbers or more stay though half of the pairs are new; `mean` moves "
+    "up to 48 %.",
     "- Reclustering lowers the inertia of what comes then by 31 to 66 % and makes the cells more even.",
     "- It does **not** lower the share of near-duplicates kept: every difference is within its spread over the seeds, and both differ "
     "little from a random quarter. The quota takes the same share of each cell, so clusters of whole kinds of image thin families "

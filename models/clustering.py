@@ -28,6 +28,7 @@ MEMORY_BYTES = 8 << 30
 ROWS_AT_ONCE = 1024
 JUDGED_ROWS_MAX = 100_000  # rows whose error is measured: more would not make its distribution clearer
 HELD_OUT_SHARE = 5  # one row in so many is kept apart to measure the error of rows that were not fitted
+ROWS_ENOUGH = 9_604  # tell a share within a point at 95 %, whatever it is: 1.96 √(½ · ½ ÷ 9,604)
 PULLS = (
     16.0,
     4.0,
@@ -35,7 +36,7 @@ PULLS = (
     0.25,
     0.0,
 )  # of a live centroid in a refit, in mean clusters' worth of rows; the strongest first
-WORTH = 0.02  # an error smaller by less than this share is worth no pair's moving
+WORTH = 0.03  # an error smaller by less than this share is worth no pair's moving (docs/tried.md)
 ROW_COPIES = 4  # of a row's codes while a sample is drawn: what is kept, twice as much before it is cut, and its join
 
 # What one unit of a feature is worth in the integer grid of each form. All bounds below hold for L ≤ 1024, K ≤ 65,536.
@@ -178,7 +179,15 @@ def fit_features(features: NDArray[np.float32], clusters: int, seed: int = 0) ->
     return FeatureFit(centroids, rows, squares / len(features), occupancy)
 
 
-def refit(live: Clustering, vectors: NDArray[np.uint16], apart: NDArray[np.uint16], seed: int = 0) -> Clustering:
+@dataclass(frozen=True)
+class Refit:
+    """New centroids in the place of live ones. pull  of PULLS, the one that counted."""
+
+    clustering: Clustering
+    pull: float
+
+
+def refit(live: Clustering, vectors: NDArray[np.uint16], apart: NDArray[np.uint16], seed: int = 0) -> Refit:
     """K-Means of the index vectors (n, L) in the space of `live`, warm-started from its centroids and numbered as they are.
 
     The space stays (form, codebook, and the axes of "pca"), so that the centroids of both mean the same. Where data has no
@@ -193,19 +202,84 @@ def refit(live: Clustering, vectors: NDArray[np.uint16], apart: NDArray[np.uint1
             f"{len(vectors) + len(apart)} index vectors cannot make {clusters} clusters and show how well they do: take a "
             "longer window"
         )
+    fits = _pulled(live, vectors, PULLS, seed)
+    errors = [float(fitted.errors(apart, fitted.assign(apart)).mean()) for fitted in fits]
+    chosen = next(i for i, error in enumerate(errors) if error <= min(errors) * (1 + WORTH))
+    return Refit(_numbered_as(live, fits[chosen], vectors), PULLS[chosen])
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """What a refit does to pairs that it has not seen. moved  the share whose cluster changes; before, after  (N,) each
+    cluster's share of them; rows  that tell it.
+    """
+
+    moved: float
+    before: Floats
+    after: Floats
+    rows: int
+
+
+def foretell(
+    live: Clustering, fit: Refit, vectors: NDArray[np.uint16], apart: NDArray[np.uint16], seed: int = 0
+) -> Foretold:  # fmt: skip
+    """What `fit`, of `vectors` and the rows `apart`, does to pairs like them, from all of these rows.
+
+    Rows that were fitted move less than others do: centroids and numbers are made to suit them. By how much less, refits tell
+    that leave out another part of the rows each, as large as `apart` (Efron's correction of optimism, by cross-validation);
+    the churn of the fitted rows and that difference are known better than the rows apart alone would tell (docs/drift.md).
+    """
+    clusters = len(live.centroids)
+    rows = np.concatenate([apart, vectors])
+    were = live.assign(rows)
+
+    def seen(clustering: Clustering, part: NDArray[np.bool_]) -> tuple[Floats, Floats]:
+        """(share moved, shares after…) of the rows that a fit has not seen, and of those that it has."""
+        are = clustering.assign(rows)
+        told = [
+            np.concatenate([[(were[of] != are[of]).mean()], np.bincount(are[of], minlength=clusters) / of.sum()])
+            for of in (part, ~part)
+        ]
+        return told[0], told[1]
+
+    first = np.arange(len(rows)) < len(apart)
+    outside, inside = seen(fit.clustering, first)
+    left = len(rows) - -(-len(vectors) // (HELD_OUT_SHARE - 1))
+    if len(apart) < ROWS_ENOUGH and left >= clusters:
+        pairs = [(outside, inside)]
+        for part in np.array_split(np.arange(len(apart), len(rows)), HELD_OUT_SHARE - 1):
+            out = np.isin(np.arange(len(rows)), part)
+            (moved,) = _pulled(live, rows[~out], (fit.pull,), seed)
+            pairs.append(seen(_numbered_as(live, moved, rows[~out]), out))
+        optimism = np.mean([unseen - its for unseen, its in pairs], axis=0)
+        share = len(apart) / len(rows)
+        outside, known = share * outside + (1 - share) * (inside + optimism), len(rows)
+    else:
+        known = len(apart)
+    before = np.bincount(were, minlength=clusters) / len(rows)
+    return Foretold(float(np.clip(outside[0], 0, 1)), before, np.maximum(outside[1:], 0), known)
+
+
+def _pulled(
+    live: Clustering, vectors: NDArray[np.uint16], pulls: tuple[float, ...], seed: int
+) -> list[Clustering]:  # fmt: skip
+    """K-Means of these rows from the live centroids, once for each pull; not numbered yet."""
     mean, scale = _centre_and_scale(live, vectors)
     features = np.concatenate(
         [((live.features(part) - mean) / scale).astype(np.float32) for part in _parts(vectors)], dtype=np.float32
     )
     start = ((live.centroids - mean) / scale).astype(np.float32)
-    fits, errors = [], []
-    for pull in PULLS:
-        moved = kmeans(features, clusters, seed, start, pull * len(vectors) / clusters)
+    fits = []
+    for pull in pulls:
+        moved = kmeans(features, len(start), seed, start, pull * len(vectors) / len(start))
         fits.append(replace(live, centroids=np.rint(moved.astype(np.float64) * scale + mean)))
-        errors.append(float(fits[-1].errors(apart, fits[-1].assign(apart)).mean()))
-    fitted = next(f for f, error in zip(fits, errors, strict=True) if error <= min(errors) * (1 + WORTH))
-    order = matching(live, fitted, live.assign(vectors), fitted.assign(vectors))
-    return replace(live, centroids=fitted.centroids[order])
+    return fits
+
+
+def _numbered_as(live: Clustering, fitted: Clustering, vectors: NDArray[np.uint16]) -> Clustering:
+    return replace(
+        fitted, centroids=fitted.centroids[matching(live, fitted, live.assign(vectors), fitted.assign(vectors))]
+    )
 
 
 def matching(

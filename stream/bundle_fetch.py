@@ -75,6 +75,24 @@ def prune(cache: Path, keep: Collection[str]) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def store(folder: Path, uri: str) -> None:
+    """Copies the bundle in `folder` to `uri`, its manifest last, so that nobody finds half of one there.
+
+    Raises BundleError where there is one already, or where nothing can be written.
+    """
+    system, path = _file_system(uri)
+    try:
+        there = system.exists(f"{path}/{MANIFEST}")
+        if not there:
+            system.makedirs(path, exist_ok=True)
+            for file in sorted(folder.iterdir(), key=lambda file: file.name == MANIFEST):
+                system.put_file(str(file), f"{path}/{file.name}")
+    except Exception as error:  # each file system has its own
+        raise BundleError(f"no bundle can be written to {uri} ({_said(error)}): give --out") from error
+    if there:
+        raise BundleError(f"{uri} exists: a bundle is never changed, give another --out")
+
+
 def manifest_at(uri: str) -> dict[str, Any]:
     """The manifest of the bundle at `uri`, its own hash checked. Raises BundleError."""
     system, path = _file_system(uri)
@@ -96,8 +114,10 @@ def _file_system(uri: str) -> tuple[Any, str]:
 def _download(system: Any, path: str, out: Path, uri: str, bytes_max: int) -> str:
     """The SHA-256 of what was copied to `out`."""
     digest, count = hashlib.sha256(), 0
+    # Not every web server knows ranges: one request a file, which is read as it comes.
+    how = {"block_size": 0} if "http" in system.protocol else {}
     try:
-        with system.open(path, "rb") as source, out.open("wb") as file:
+        with system.open(path, "rb", **how) as source, out.open("wb") as file:
             while chunk := source.read(CHUNK_BYTES):
                 count += len(chunk)
                 if count > bytes_max:
@@ -107,9 +127,13 @@ def _download(system: Any, path: str, out: Path, uri: str, bytes_max: int) -> st
     except BundleError:
         raise
     except Exception as error:  # each file system has its own
-        said = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise BundleError(f"{uri}: {out.name} cannot be fetched ({said[:200]})") from error
+        raise BundleError(f"{uri}: {out.name} cannot be fetched ({_said(error)})") from error
     return digest.hexdigest()
+
+
+def _said(error: Exception) -> str:
+    said = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+    return str(said)[:200]
 
 
 def _files_of(folders: Iterable[Path]) -> dict[str, Path]:

@@ -1096,7 +1096,8 @@ def recluster(
         str | None, typer.Option(help="Folder of the stream's bundle.  [default: where it was announced to be]")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the new bundle.  [default: STREAM-VERSION beside the live one]")
+        str | None,
+        typer.Option(help="Folder or fsspec URL for the new bundle.  [default: STREAM-VERSION beside the live one]"),
     ] = None,
     records: Annotated[int, typer.Option(help="Newest raw records of the window.", min=1)] = 1_000_000,
     since: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LiveBundle:
-    """A bundle whose files were checked, and its clustering; no network of it is loaded to a device."""
+    """A bundle whose files were checked, and its clustering; no network of it is loaded to a device.
 
-    folder: Path
+    uri  a folder of this machine, or the URL that it was fetched from
+    """
+
+    uri: str
     manifest: Manifest
     contents: Mapping[str, bytes]
     clustering: Clustering
@@ -47,11 +51,12 @@ def running_bundle(view: StreamView) -> str:
 
 
 def live_bundle(connection: Connection, view: StreamView, given: str | None = None) -> LiveBundle:
-    """The stream's bundle: in the folder `given`, or where it was announced to be.
+    """The stream's bundle: in the folder `given`, or where it was announced to be, a folder or an fsspec URL.
 
-    Raises TldrError where it cannot be found or `given` is another one, BundleError for a damaged one.
+    Raises TldrError where it cannot be found or `given` is another one, BundleError for a damaged or unreachable one.
     """
     from models.bundle import read_manifest
+    from stream.bundle_fetch import fetch
 
     running = running_bundle(view)
     if given is not None:
@@ -66,6 +71,9 @@ def live_bundle(connection: Connection, view: StreamView, given: str | None = No
     uris = [one.uri for one in announced(connection) if one.version.startswith(running)]
     if not uris:
         raise TldrError(f"the stream runs with bundle {running[:12]}, which was never announced: give --bundle FOLDER")
+    if "://" in uris[-1]:
+        with tempfile.TemporaryDirectory(prefix="tldr-bundle-") as cache:
+            return open_bundle(fetch(uris[-1], running, Path(cache)), uris[-1])
     folder = Path(uris[-1])
     if not folder.is_dir() or not read_manifest(folder).version.startswith(running):
         raise TldrError(
@@ -75,8 +83,8 @@ def live_bundle(connection: Connection, view: StreamView, given: str | None = No
     return open_bundle(folder)
 
 
-def open_bundle(folder: Path) -> LiveBundle:
-    """The bundle in `folder`, each hash checked. Raises BundleError."""
+def open_bundle(folder: Path, uri: str | None = None) -> LiveBundle:
+    """The bundle in `folder` (which was fetched from `uri`), each hash checked. Raises BundleError."""
     from safetensors.numpy import load
 
     from models.bundle import read_files
@@ -91,4 +99,4 @@ def open_bundle(folder: Path) -> LiveBundle:
         raise BundleError(problem)
     codebook = CaptionerParts.of(manifest, contents).captioner.quantiser.codebook.codes.numpy()
     clustering = clustering_of(manifest.data["clustering"], load(contents["clusters.safetensors"]), codebook)
-    return LiveBundle(folder, manifest, contents, clustering, Baseline.of(manifest.data))
+    return LiveBundle(uri or str(folder), manifest, contents, clustering, Baseline.of(manifest.data))

@@ -6,7 +6,9 @@ carried over, and the occupancy's is the window that was fitted.
 
 from __future__ import annotations
 
+import math
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 
 from state.changelog import ENTRY, decode_entry
 from stream.arithmetic import in_the_set
+from stream.bundle_fetch import store
 from stream.bundles import announce_folder, announced
 from stream.errors import TldrError
 from stream.live_bundle import LiveBundle, live_bundle
@@ -27,7 +30,7 @@ from stream.rights import check_rights
 from stream.stream_view import ChangelogFollower, ChangelogRecord, StreamSource, StreamView
 
 if TYPE_CHECKING:
-    from models.clustering import Clustering
+    from models.clustering import Clustering, Foretold
     from models.drift import DriftWindow, Signal
 
 RECORDS = 1_000_000
@@ -38,6 +41,7 @@ HELD_OUT_MAX = 20_000
 ENTRY_BYTES = 1000  # of an entry that is held here: its vector and Python's own
 MOVERS_SHOWN = 5
 Z_95 = 1.96
+MARGIN_WANTED = 0.02  # a ± of more is said to be wide
 
 NOTHING_TO_DO = 9
 
@@ -51,7 +55,7 @@ class ReclusterOptions:
 
     source: StreamSource
     bundle: str | None = None
-    out: Path | None = None
+    out: str | None = None
     records: int = RECORDS
     since: str | None = None
     memory_mb: int = MEMORY_MB
@@ -70,8 +74,31 @@ class Shift:
 
 
 @dataclass(frozen=True)
+class Coming:
+    """What a switch does to pairs to come, if they are like those of the window. moved  the share whose cluster is another
+    one than it would have been, ± margin at 95 %; quota_moved  the share of the quota that goes to other clusters.
+    """
+
+    moved: float
+    margin: float
+    quota_moved: float
+
+    def lines(self) -> Iterator[str]:
+        """For a person."""
+        yield (
+            f"pairs to come, if they are like these: {self.moved:.1%} (± {self.margin:.1%}) change cluster; "
+            f"{self.quota_moved:.1%} of the quota moves"
+        )
+        if self.margin > MARGIN_WANTED:
+            yield "  take a longer window (--records, --since) to know it better"
+
+
+@dataclass(frozen=True)
 class Churn:
-    """What a switch does to some pairs. moved  the share that change cluster, ± at 95 %; cells  (partition, cluster)."""
+    """What a switch does to pairs that are there. moved  the share that change cluster, ± at 95 %; cells  (partition, cluster).
+
+    pairs  that were looked at, of so many.
+    """
 
     pairs: int
     of: int
@@ -85,8 +112,8 @@ class Churn:
 
     def lines(self, what: str) -> Iterator[str]:
         """For a person."""
-        sampled = "" if self.pairs == self.of else f", of {self.pairs:,} sampled"
-        yield f"{self.of:,} {what}: {self.moved:.1%} (± {self.margin:.1%}{sampled}) change cluster"
+        known = "" if self.pairs == self.of else f" (± {self.margin:.1%}, by {self.pairs:,} of them)"
+        yield f"{self.of:,} {what}: {self.moved:.1%}{known} change cluster"
         yield (
             f"  cells: {self.cells_before:,} now, {self.cells_emptied:,} emptied, {self.cells_made:,} made; "
             f"{self.quota_moved:.1%} of the quota moves"
@@ -103,7 +130,7 @@ class ReclusterResult:
     live: str
     because: str
     version: str | None = None
-    folder: Path | None = None
+    uri: str | None = None
     clusters: int = 0
     window_pairs: int = 0
     rows_fitted: int = 0
@@ -112,6 +139,7 @@ class ReclusterResult:
     warning: str | None = None
     recent: Churn | None = None
     entries: Churn | None = None
+    coming: Coming | None = None
     drift: list[Signal] = field(default_factory=list)
 
     @property
@@ -135,15 +163,17 @@ class ReclusterResult:
         change = self.error_after / self.error_before - 1 if self.error_before else 0.0
         yield f"quantisation error of pairs that were not fitted: {change:+.1%}"
         if self.recent is not None:
-            yield from self.recent.lines("recent pairs")
+            yield from self.recent.lines("pairs of the window")
         if self.entries is not None:
             yield from self.entries.lines("entries of the reduced set")
+        if self.coming is not None:
+            yield from self.coming.lines()
         if self.warning:
             yield f"warning: {self.warning}"
         if self.version is None:
             yield "nothing was written: this is what a switch would do"
         else:
-            yield f"announced bundle {self.version[:12]} at {self.folder}"
+            yield f"announced bundle {self.version[:12]} at {self.uri}"
 
 
 def recluster(options: ReclusterOptions, say: Callable[[str], None] = lambda line: None) -> ReclusterResult:
@@ -151,11 +181,11 @@ def recluster(options: ReclusterOptions, say: Callable[[str], None] = lambda lin
 
     Raises TldrError where there is no stream, bundle or enough rows, ModelError for a damaged bundle.
     """
-    from models.clustering import refit, rows_within, too_small
+    from models.clustering import foretell, refit, rows_within, too_small
 
     source = options.source
     since_ms = _since_ms(options.since, time.time())
-    if options.out is not None and options.out.exists():
+    if options.out is not None and Path(options.out).exists():
         raise TldrError(f"{options.out} exists: a bundle is never changed, give another --out")
     check_rights(source.connection, "recluster --dry-run" if options.dry_run else "recluster", stream=source.name)
     entries: Draw[tuple[int, bytes], NDArray[np.uint16]] = Draw(options.memory_mb * 1_000_000 // (4 * ENTRY_BYTES))
@@ -172,37 +202,39 @@ def recluster(options: ReclusterOptions, say: Callable[[str], None] = lambda lin
     _refuse_too_few(options, len(vectors), len(live.clustering.centroids))
     say(f"{sample.offered:,} pairs in the window, {len(vectors):,} sampled")
     apart, fitted = _held_out(vectors, len(live.clustering.centroids))
-    new = refit(live.clustering, fitted, apart, options.seed)
+    fit = refit(live.clustering, fitted, apart, options.seed)
+    new, clusters = fit.clustering, len(live.clustering.centroids)
     say("fitted; looking at what changes")
     errors = new.errors(apart, new.assign(apart))
     result.window_pairs, result.rows_fitted = sample.offered, len(fitted)
     result.error_before = float(live.clustering.errors(apart, live.clustering.assign(apart)).mean())
     result.error_after = float(errors.mean())
     result.warning = too_small(len(fitted), len(live.clustering.centroids))
-    result.recent = churn(live.clustering, new, apart, np.zeros(len(apart), np.int64), sample.offered)
+    were, nowhere = live.clustering.assign(vectors), np.zeros(len(vectors), np.int64)
+    result.recent = churn(were, new.assign(vectors), clusters, nowhere, sample.offered)
+    result.coming = coming(foretell(live.clustering, fit, fitted, apart, options.seed))
     held = entries.items_with_keys()
     if held:
         places = np.array([partition for (partition, _), _ in held], np.int64)
+        of_entries = np.stack([vector for _, vector in held])
         result.entries = churn(
-            live.clustering, new, np.stack([vector for _, vector in held]), places, in_the_set(view.totals)
+            live.clustering.assign(of_entries), new.assign(of_entries), clusters, places, in_the_set(view.totals)
         )
     if options.dry_run:
         result.done = "predicted"
         return result
-    folder = _write(options, view, live, new, vectors, errors)
-    announcement = announce_folder(source.connection, folder, source.name)
-    result.done, result.version, result.folder = "announced", announcement.version, folder
+    uri = _write(options, view, live, new, vectors, errors)
+    announcement = announce_folder(source.connection, uri, source.name)
+    result.done, result.version, result.uri = "announced", announcement.version, announcement.uri
     return result
 
 
 def churn(
-    old: Clustering, new: Clustering, vectors: NDArray[np.uint16], partitions: NDArray[np.int64], of: int
+    were: NDArray[np.int32], are: NDArray[np.int32], clusters: int, partitions: NDArray[np.int64], of: int
 ) -> Churn:  # fmt: skip
-    """What becomes of pairs with these index vectors (n, L), which stand for `of` pairs, when `new` replaces `old`."""
-    n, clusters = len(vectors), len(old.centroids)
-    were, are = old.assign(vectors), new.assign(vectors)
+    """What becomes of pairs that were in these clusters and will be in those; they stand for `of` pairs."""
+    n = len(were)
     moved = float((were != are).mean())
-    spread = moved * (1 - moved) / n * (1 - n / of if n < of else 0.0)
     before, after = np.bincount(were, minlength=clusters) / n, np.bincount(are, minlength=clusters) / n
     cells = set(zip(partitions.tolist(), were.tolist(), strict=True))
     cells_after = set(zip(partitions.tolist(), are.tolist(), strict=True))
@@ -213,13 +245,29 @@ def churn(
         n,
         of,
         moved,
-        Z_95 * float(np.sqrt(spread)),
+        _margin(moved, n, of),
         len(cells),
         len(cells - cells_after),
         len(cells_after - cells),
         quota,
         shifts,
     )
+
+
+def coming(told: Foretold) -> Coming:
+    """What is foretold, with its ±."""
+    quota = float(np.abs(told.after - told.before).sum()) / 2
+    return Coming(told.moved, _margin(told.moved, told.rows), quota)
+
+
+def _margin(share: float, n: int, of: float = math.inf) -> float:
+    """The ± at 95 % of a share of `n` pairs, drawn from `of` (Wilson's interval: none is not known to be never)."""
+    if n >= of:
+        return 0.0
+    rows = n / (1 - n / of)
+    middle = (share + Z_95**2 / (2 * rows)) / (1 + Z_95**2 / rows)
+    half = Z_95 / (1 + Z_95**2 / rows) * math.sqrt(share * (1 - share) / rows + Z_95**2 / (4 * rows**2))
+    return max(middle + half - share, share - middle + half)
 
 
 def reclustered_manifest(
@@ -333,8 +381,8 @@ def _write(
     new: Clustering,
     window: NDArray[np.uint16],
     errors: NDArray[np.float64],
-) -> Path:
-    """The new bundle's folder, beside the live one unless --out says where; named by its stream and version."""
+) -> str:
+    """Where the new bundle lies: at --out, else beside the live one, named by its stream and version."""
     from models.bundle import write_bundle
     from models.errors import BundleError
     from models.loaded import clusters_content
@@ -349,21 +397,28 @@ def _write(
     }
     contents = dict(live.contents) | {"clusters.safetensors": clusters_content(new)}
     manifest = reclustered_manifest(live, new, window, errors, options.seed, about)
-    if options.out is not None:
-        written, out = write_bundle(options.out, contents, manifest), options.out
-    else:
-        partial = live.folder.absolute().parent / f".{options.source.name}-reclustered"
-        written = write_bundle(partial, contents, manifest)
-        out = partial.with_name(f"{options.source.name}-{written.version[:12]}")
-        if out.exists():
+    beside = str(options.out or live.uri)
+    remote = "://" in beside
+    near = None if remote else Path(beside).absolute().parent
+    if near is not None:
+        near.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".reclustered-", dir=near) as made:
+        folder = Path(made) / "bundle"
+        written = write_bundle(folder, contents, manifest)
+        if written.space != live.manifest.space:
+            raise BundleError(
+                f"{live.uri} was made by another version of this software: its bundle {written.space[:12]} differs"
+            )
+        name = f"{options.source.name}-{written.version[:12]}"
+        out = options.out or f"{near or beside.rstrip('/').rpartition('/')[0]}/{name}"
+        if remote:
+            store(folder, out)
+        elif Path(out).exists():
             raise TldrError(
                 f"{out} exists: the same window was reclustered with the same seed before; announce that one"
             )
-        partial.rename(out)
-    if written.space != live.manifest.space:
-        raise BundleError(
-            f"{live.folder} was made by another version of this software: its bundle {written.space[:12]} differs"
-        )
+        else:
+            folder.rename(out)
     return out
 
 

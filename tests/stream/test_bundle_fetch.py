@@ -12,7 +12,7 @@ import pytest
 
 from models.bundle import load_beside, load_model, read_files
 from models.errors import BundleError
-from stream.bundle_fetch import fetch, prune
+from stream.bundle_fetch import fetch, prune, store
 from tests.stream.other_bundle import SAMPLE, bundle_with_other_centroids
 
 
@@ -35,6 +35,16 @@ def test_a_local_path_and_a_url_give_the_same_folder_with_every_file(other: Path
 
     assert local == tmp_path / "a" / version_of(other)
     assert read_files(local)[1] == read_files(remote)[1] == read_files(other)[1]
+
+
+def test_a_bundle_that_is_stored_at_a_url_is_fetched_from_there_and_never_replaced(other: Path, tmp_path: Path) -> None:
+    store(other, "memory://stored/other")
+
+    assert read_files(fetch("memory://stored/other", version_of(other), tmp_path))[1] == read_files(other)[1]
+    with pytest.raises(BundleError, match="exists: a bundle is never changed"):
+        store(SAMPLE, "memory://stored/other")
+    with pytest.raises(BundleError, match="no bundle can be written to"):
+        store(other, "http://127.0.0.1:1/other")
 
 
 def test_what_another_bundle_on_the_disk_has_is_not_fetched_again(other: Path, tmp_path: Path) -> None:
