@@ -6,13 +6,18 @@ from pathlib import Path
 
 from models.null import NullModel
 from stream.bundles import Announcement, announce_folder
+from stream.errors import TldrError
 from stream.explain import explain
-from stream.kafka import Connection
+from stream.kafka import Connection, end_offsets
 from stream.stream_view import StreamSource, read_view
 from stream.topics import StreamTopics
 from stream.verify import models_of, verify
+from tests.end_to_end.load import Load
 from tests.end_to_end.outcome import NO_ANOMALY, Raw, create_topic, outcome_of, pairs, processed, send
-from tests.end_to_end.worker_process import null_worker, run_command, until, worker
+from tests.end_to_end.worker_process import REPOSITORY, null_worker, run_command, until, worker
+
+LATE_S = 4.0  # a worker takes to fetch a bundle
+RATE = 300.0  # records a second while it does
 
 
 def source_of(kafka: Connection, name: str) -> StreamSource:
@@ -93,3 +98,55 @@ def test_without_a_cap_a_switch_evicts_nobody_and_a_command_lists_who_runs_with_
     assert status == 0 and f"{announced.version[:12]}" in listed and "partitions 0, 1" in listed
     found = verify(source_of(kafka, name), name, models_of(source_of(kafka, name), null=True))
     assert (found.differences, found.not_verified) == ([], [])
+
+
+def test_a_worker_that_is_late_with_a_bundle_keeps_nobody_waiting_and_follows_and_lag_stays_bounded_meanwhile(
+    kafka: Connection, name: str, tmp_path: Path
+) -> None:
+    # given: one partition each, and records that keep coming
+    create_topic(kafka, name)
+    arguments = [
+        null_worker(kafka, name, tmp_path / who, "--ratio", "1/2", "--cell-cap", "5", "--instance-id", who)
+        for who in ("prompt", "late")
+    ]
+    late_entry = (str(REPOSITORY / "tests" / "end_to_end" / "late_worker.py"), f"{LATE_S}")
+    lags: list[int] = []
+
+    def epochs() -> list[int]:
+        """Of each partition, having noted its lag."""
+        view = read_view(source_of(kafka, name))
+        lags.append(max(end - view.cut[p] for p, end in end_offsets(kafka, name, [0, 1]).items()))
+        return sorted(max(part.switches) for part in view.partitions.values())
+
+    with (
+        worker(arguments[0], tmp_path / "prompt.log") as prompt,
+        worker(arguments[1], tmp_path / "late.log", entry=late_entry) as late,
+    ):
+        until(lambda: prompt.partitions == late.partitions == 1, "each has its partition")
+        with Load(kafka, name, 2, REPOSITORY / "corpus" / "sample", rate=RATE):
+            until(lambda: processed_records(kafka, name) > RATE, "the load flows")
+
+            # when
+            announced = announce_folder(kafka, "null:1/3", name)
+            until(lambda: epochs() == [0, 1], "the prompt one goes on in the new bundle")
+            at = processed_records(kafka, name)
+            took = until(lambda: epochs() == [1, 1], "the late one follows")
+            in_between = processed_records(kafka, name) - at
+        until(lambda: processed(kafka, name), "everything is processed")
+        for one in (prompt, late):
+            one.drain()
+
+    # then
+    assert took > LATE_S / 2 and in_between > RATE * took / 2  # both went on
+    assert max(lags) < RATE / 2 * LATE_S * 3 / 4  # had it stopped to load, it would have been the whole of that time
+    assert bundles_of(kafka, name) == {p: [NullModel().version, announced.version] for p in (0, 1)}
+    assert outcome_of(kafka, name).anomalies() == NO_ANOMALY
+    found = verify(source_of(kafka, name), name, models_of(source_of(kafka, name), null=True))
+    assert (found.differences, found.not_verified) == ([], [])
+
+
+def processed_records(kafka: Connection, name: str) -> int:
+    try:
+        return sum(read_view(source_of(kafka, name)).cut.values())
+    except TldrError:  # nothing is committed yet
+        return 0

@@ -51,6 +51,23 @@ def test_names_have_a_unit_and_labels_have_few_values() -> None:
         assert len(family.documentation) > 20, family.name
 
 
+def test_the_reference_lists_every_metric_as_the_code_describes_it() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reference.md").read_text()
+    (table,) = re.findall(r"\| metric \|.*\n\|---.*\n((?:\|.*\n)+)", page)
+    collectors = list(Metrics().registry._collector_to_names)
+
+    told = []
+    for collector in collectors:
+        labels = ", ".join(getattr(collector, "_labelnames", ()))
+        for family in collector.collect():
+            ending = {"counter": "_total", "info": "_info"}.get(family.type, "")
+            name = f"{family.name}{ending}" + (f"{{{labels}}}" if labels else "")
+            if name.startswith("tldr_"):
+                told.append(f"| `{name}` | {family.type} | {family.documentation} |")
+
+    assert table.splitlines() == told, "the table shall be:\n" + "\n".join(told)
+
+
 def test_what_has_not_happened_yet_is_zero_and_not_absent() -> None:
     """A series that appears with its first event has no increase, so that no alert could see it."""
     told = samples(generate_latest(Metrics().registry).decode())
