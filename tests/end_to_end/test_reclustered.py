@@ -31,7 +31,7 @@ from tests.end_to_end.worker_process import REPOSITORY, WorkerProcess, until, wo
 from tests.stream.other_bundle import SAMPLE, bundle_with_other_centroids
 from tests.stream.test_metrics import samples
 
-FIRST = 200  # pairs under the first bundle
+FIRST = 120  # pairs under the first bundle
 
 
 class _Quiet(SimpleHTTPRequestHandler):
@@ -92,7 +92,7 @@ def test_a_stream_that_is_reclustered_goes_on_with_the_new_bundle_and_one_that_i
         content[-1] ^= 1
         (harmed / "clusters.safetensors").write_bytes(content)
         announce_folder(kafka, f"{url}/third", name)
-        send(kafka, name, records[FIRST : FIRST + LEAST_PAIRS + 50])
+        send(kafka, name, records[FIRST : FIRST + LEAST_PAIRS + 20])
         until(lambda: processed(kafka, name), "the others are processed")
         until(lambda: metrics_of(running)["tldr_bundle_missing", ""] == 1, "the damaged bundle is refused")
         until(lambda: ("tldr_drift_effect", ERROR) in metrics_of(running), "drift is judged by the new bundle", 20)
