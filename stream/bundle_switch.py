@@ -23,6 +23,7 @@ from state.regroup import Regrouping, sweep
 from stream.bundles import Announced, Announcement
 from stream.errors import TldrError
 from stream.kafka import MissingRight
+from stream.logs import at
 from stream.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class BundleSwitch:
     def __init__(
         self,
         base: PairModel,
+        topic: str,
         stream: str,
         announced: Announced | None,
         load: Callable[[Announcement], PairModel],
@@ -59,12 +61,12 @@ class BundleSwitch:
         models: dict[str, PairModel],
         forget: Callable[[set[str]], None] = lambda used: None,
     ) -> None:
-        """models  version → model, which is kept up to date here and read by whoever reduces.
+        """topic  of the raw pairs; models  version → model, which is kept up to date here and read by whoever reduces.
 
         forget  is told the versions that are used, so that what is on the disk of others can go
         """
         self._forget = forget
-        self.base, self.stream, self.capped, self.metrics = base, stream, capped, metrics
+        self.base, self.topic, self.stream, self.capped, self.metrics = base, topic, stream, capped, metrics
         self.models = models
         self.models[base.version] = base
         self._target = base if announced is None else None
@@ -137,8 +139,11 @@ class BundleSwitch:
             tail = Regrouping(store, epoch, target.version, target.assign, until, alone=True).tail()
         epoch = partition.adopt(target.version, target.space, until, tail)
         self._ready.pop(partition.partition, None)
-        log.info("partition %d: epoch %d begins at offset %d, with bundle %s", partition.partition, epoch, until,
-                 target.version[:12])  # fmt: skip
+        log.info(
+            "partition %d: epoch %d begins at offset %d, with bundle %s",
+            partition.partition, epoch, until, target.version[:12],
+            extra=at("switch", self.topic, {partition.partition: (until, until)}, epoch=epoch, bundle=target.version),
+        )  # fmt: skip
         return partition.switching
 
     def begin(self, partition: Partition, next_offset: int) -> None:

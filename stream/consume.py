@@ -47,7 +47,7 @@ from stream.kafka import (
     topic_id,
     topic_setting,
 )
-from stream.logs import JSON, TEXT
+from stream.logs import JSON, TEXT, at
 from stream.metrics import HealthServer, Metrics
 from stream.raw_format import raw_reader
 from stream.records import Codec
@@ -406,6 +406,7 @@ def _run(
     using = replace(using, models=models)
     switch = BundleSwitch(
         model,
+        options.topic,
         group,
         Announced(connection) if options.bundle is None else None,
         lambda announcement: _beside(announcement, model, cache, options),
@@ -521,8 +522,11 @@ def _recent_dead(source: StreamSource, restored: Restored) -> Stretch:
     try:
         return recent_dead(source, number, restored.next_offset, totals.read)
     except TldrError as error:  # they expire under our eyes, or the broker moves: not worth a worker
-        log.warning("partition %d: the dead letters before offset %d are not known (%s), so --dlq-limit judges only those "
-                    "that come", number, restored.next_offset, error)  # fmt: skip
+        log.warning(
+            "partition %d: the dead letters before offset %d are not known (%s), so --dlq-limit judges only those that come",
+            number, restored.next_offset, error,
+            extra=at("dead letters unknown", source.topics.dead, {}, partition=number, next_offset=restored.next_offset),
+        )  # fmt: skip
         return Stretch(0, [])
 
 

@@ -18,6 +18,7 @@ from state.partition_store import PartitionStore
 from state.settings import StreamSettings
 from stream.errors import DataLoss, TldrError
 from stream.kafka import Connection, end_offsets, group_offsets, read_partition, start_offsets, topic_setting
+from stream.logs import at
 from stream.topics import StreamTopics
 
 log = logging.getLogger(__name__)
@@ -119,6 +120,7 @@ class _Notice:
             log.info(
                 "%s/%d: waiting at offset %d of %d for an open transaction to end (its worker's transaction time-out)",
                 self.topic, self.partition, position, self.end,
+                extra=at("waiting", self.topic, {self.partition: (position, self.end)}),
             )  # fmt: skip
         if waited_s > HANGING_NOTICE_S and self.said < HANGING_NOTICE_S:
             self.said = HANGING_NOTICE_S
@@ -127,6 +129,7 @@ class _Notice:
                 "broker has lost the transaction's marker (docs/reference.md, A transaction that hangs): "
                 "`kafka-transactions.sh --bootstrap-server %s abort --topic %s --partition %d --start-offset %d` ends it",
                 self.topic, self.partition, position, self.bootstrap_servers, self.topic, self.partition, position,
+                extra=at("hanging", self.topic, {self.partition: (position, self.end)}),
             )  # fmt: skip
 
 
@@ -153,7 +156,10 @@ def _open(
             why = f"it is {age_ms / 3.6e6:.0f} h old and the changelog keeps tombstones for {kept_ms / 3.6e6:.0f} h"
     if why is None:
         return store, not existed
-    log.warning("partition %d: rebuilding the local store from the changelog, since %s", number, why)
+    log.warning(
+        "partition %d: rebuilding the local store from the changelog, since %s", number, why,
+        extra=at("rebuild", topics.changelog, {number: (first, end)}),
+    )  # fmt: skip
     store.close()
     shutil.rmtree(folder)
     return PartitionStore(folder), True
@@ -190,7 +196,10 @@ def _where_to_go_on(
             raise DataLoss(
                 f"{lost}. Lengthen the topic's retention, and go on without them with --on-data-loss continue"
             )
-        log.error("%s; going on without them (--on-data-loss continue)", lost)
+        log.error(
+            "%s; going on without them (--on-data-loss continue)", lost,
+            extra=at("data loss", raw_topic, {number: (known, first - 1)}),
+        )  # fmt: skip
         return first
     if known > end:
         raise DataLoss(

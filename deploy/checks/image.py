@@ -111,7 +111,7 @@ def compose(report: Report) -> None:
         input=json.dumps(asked), capture_output=True, text=True, check=False, cwd=ROOT,
     )  # fmt: skip
     answer = json.loads(done.stdout)
-    report.wrong += answer["wrong"] + answer["unchecked"]
+    report.wrong += answer["wrong"]
     report.checked.append(f"compose.yaml by the compose specification; {len(services)} services; {answer['checked']}")
 
 

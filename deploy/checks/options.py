@@ -51,20 +51,19 @@ def difference(topics: dict[str, dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     wrong: list[str] = []
-    unchecked: list[str] = []
     lines = topics = 0
     for question in json.load(sys.stdin):
         if "topics" in question:
             topics += len(question["topics"])
             wrong += [f"{question['where']}: {line}" for line in difference(question["topics"])]
         elif question["args"][0] not in commands():
-            unchecked.append(f"{question['where']}: the program has no command {question['args'][0]} yet")
+            wrong.append(f"{question['where']}: the program has no command {question['args'][0]}")
         else:
             lines += 1
             if said := refusal(question["args"], question["config"]):
                 wrong.append(f"{question['where']}: {' '.join(question['args'])}: {said}")
     checked = f"{lines} command lines with their configuration parsed by the program, {topics} topics as it makes them"
-    json.dump({"wrong": wrong, "unchecked": sorted(set(unchecked)), "checked": checked}, sys.stdout)
+    json.dump({"wrong": wrong, "checked": checked}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ SESSION_TIMEOUT_S = 30
 FIRES_WITHIN_S = 90.0
 # The load is the same 1,166 pictures again and again. To a test that takes pairs for independent that is, once the window is
 # large enough, another use of codes than the bootstrap shard's: 0.11 beyond chance, where 0.10 is the threshold.
-LOOPED = {"TldrDataDrift"}
+LOOPED = {"TldrDataDrift codes"}
 
 
 def shortened(text: str) -> str:
@@ -104,9 +104,9 @@ class Prometheus:
         return found
 
     def firing(self, phase: str) -> set[str]:
-        """The alerts that fired in a phase."""
+        """The alerts that fired in a phase, with the signal behind the name where they have one."""
         courses = self.course('ALERTS{alertstate="firing"}', *self.phases[phase])
-        return {course["metric"]["alertname"] for course in courses}
+        return {f"{one['metric']['alertname']} {one['metric'].get('signal', '')}".strip() for one in courses}
 
     def fires(self, alert: str) -> bool:
         time.sleep(0.5)  # it looks once a second
@@ -257,6 +257,13 @@ def test_no_rule_fails_to_evaluate(prometheus: Prometheus) -> None:
     groups = prometheus.ask("rules")["groups"]
 
     assert {rule["name"] for group in groups for rule in group["rules"] if rule["health"] != "ok"} == set()
+
+
+def test_the_variables_of_a_dashboard_have_something_to_choose(prometheus: Prometheus) -> None:
+    """What Grafana asks for `label_values(tldr_build_info, …)`."""
+    for label in ("namespace", "job"):
+        found = prometheus.ask(f"label/{label}/values", **{"match[]": "tldr_build_info"})
+        assert found == ([JOB] if label == "job" else []), label
 
 
 @pytest.mark.parametrize("file", DASHBOARDS, ids=lambda file: file.stem)

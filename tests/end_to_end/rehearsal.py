@@ -87,7 +87,6 @@ class Rehearsal:
     bundle: Path
     events: list[Event] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
-    not_done: list[str] = field(default_factory=list)
     workers: dict[int, WorkerProcess] = field(default_factory=dict)
     _epochs: dict[int, int] = field(default_factory=dict)  # of each partition, as committed
 
@@ -172,13 +171,7 @@ class Rehearsal:
         self._wait_for("stop the load")
 
     def _recluster(self) -> None:
-        """New centroids from what the stream has recorded, where this version has the command."""
-        known = subprocess.run(
-            [sys.executable, "-m", "stream", "recluster", "--help"], capture_output=True, check=False
-        )
-        if known.returncode:
-            self.not_done.append("recluster: this version has no such command yet")
-            return
+        """New centroids from what the stream has recorded."""
         with self._event("recluster") as say:
             epoch = 1 + max(self._epochs.values())
             self._command("recluster", "--topic", TOPIC, "--out", str(self.folder / "reclustered"))
@@ -367,7 +360,6 @@ def page(rehearsal: Rehearsal, verified: dict[str, Any]) -> str:
     last = rehearsal.samples[-1]
     worst = max(rehearsal.samples, key=lambda sample: sample.lag)
     rows = "".join(f"| {e.at_s:.0f} | {e.name} | {e.took_s:.1f} | {e.note} |\n" for e in rehearsal.events)
-    not_done = "".join(f"- **Not done:** {what}.\n" for what in rehearsal.not_done)
     return f"""\
 # A day in production, in miniature
 
@@ -386,7 +378,7 @@ Kafka once a second, from what is committed.
 - {last.read:,} records read, {last.counted:,} counted, {last.kept:,} kept: {last.kept / max(1, last.counted):.2%} of the
   counted, with a quota of {QUOTA:.0%}.
 - The lag was at most {worst.lag:,} records ({worst.lag / rehearsal.rate:.0f} s of input), at {worst.at_s:.0f} s.
-{not_done}
+
 A step took until all was well again: every partition consumed, its store exact. The two versions are two builds of this
 package, each installed into a folder of its own: the newest release, or before there is one the earliest of the last
 twenty commits that writes the same changelog and store; and the working tree.

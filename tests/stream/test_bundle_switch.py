@@ -39,7 +39,7 @@ class Worker:
         self.loads: list[str] = []
         self.arrives: dict[str, threading.Event] = {}  # of bundles that are slow to fetch
         self.switch = BundleSwitch(
-            BASE, name, Announced(kafka), self.load, lambda: self.running, capped, self.metrics, self.models
+            BASE, name, name, Announced(kafka), self.load, lambda: self.running, capped, self.metrics, self.models
         )
         self.changelog = 0
 
@@ -229,7 +229,7 @@ def test_a_worker_with_a_bundle_of_its_own_follows_nothing_and_refuses_a_partiti
     announce_folder(worker.kafka, "null:1/2", worker.name)
     worker.switch_over(0)
     worker.close(0)
-    pinned = BundleSwitch(BASE, worker.name, None, worker.load, dict, True, worker.metrics, {})
+    pinned = BundleSwitch(BASE, worker.name, worker.name, None, worker.load, dict, True, worker.metrics, {})
     partition = worker.open(0)
 
     with pytest.raises(TldrError, match="leave --bundle out"):

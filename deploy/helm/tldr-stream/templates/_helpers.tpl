@@ -37,6 +37,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 {{- end -}}
 
+{{/* Of everything that a Job may depend on. */}}
+{{- define "tldr-stream.hash" -}}
+{{- printf "%s %s %s" .Chart.Version .Chart.AppVersion (toJson .Values) | sha256sum | trunc 8 -}}
+{{- end -}}
+
 {{/* What cannot work together, said before anything is installed. */}}
 {{- define "tldr-stream.refuse" -}}
 {{- $partitions := int .Values.stream.partitions -}}
@@ -69,6 +74,17 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 {{- if ge (int .Values.worker.preStopSleepSeconds) (int .Values.worker.terminationGracePeriodSeconds) -}}
 {{- fail "worker.preStopSleepSeconds leaves nothing of worker.terminationGracePeriodSeconds to drain in" -}}
+{{- end -}}
+{{- $transaction := int (default 10 (index .Values.worker.options "transaction-timeout-s")) -}}
+{{- if gt (add (int .Values.worker.preStopSleepSeconds) (mul 4 $transaction)) (int .Values.worker.terminationGracePeriodSeconds) -}}
+{{- fail (printf "worker.terminationGracePeriodSeconds is %d: two commits of up to twice the transaction time-out (%d s) do not fit in it behind preStopSleepSeconds" (int .Values.worker.terminationGracePeriodSeconds) $transaction) -}}
+{{- end -}}
+{{- if .Values.networkPolicy.enabled -}}
+{{- range splitList "," .Values.kafka.bootstrapServers -}}
+{{- if ne (int (last (splitList ":" .))) (int $.Values.kafka.port) -}}
+{{- fail (printf "networkPolicy.enabled lets workers reach brokers at kafka.port %d, and kafka.bootstrapServers has %s" (int $.Values.kafka.port) .) -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 
