@@ -81,15 +81,28 @@ def test_an_alert_has_a_unit_test_in_which_it_fires_and_one_in_which_it_does_not
     units = yaml.safe_load((PROMETHEUS / "rules_test.yml").read_text())["tests"]
     series = {name for unit in units for name in _jobs(unit, rule["alert"])}
 
-    fires = [case for unit in units for case in unit["alert_rule_test"] if case["alertname"] == rule["alert"]]
+    fires = [case for unit in units for case in unit.get("alert_rule_test", []) if case["alertname"] == rule["alert"]]
 
     assert any(case.get("exp_alerts") for case in fires)
     assert any(not case.get("exp_alerts") for case in fires) or len(series) > 1
 
 
+def test_every_recorded_series_is_asked_for_in_a_unit_test() -> None:
+    units = yaml.safe_load((PROMETHEUS / "rules_test.yml").read_text())["tests"]
+    asked = [case["expr"] for unit in units for case in unit.get("promql_expr_test", [])]
+    wanted = set().union(*map(names_in, [*asked, *(rule["expr"] for rule in ALERTS)]))  # each alert has its test
+    behind = {rule["record"]: names_in(rule["expr"]) for rule in rules() if "record" in rule}
+
+    reached = wanted & RECORDED
+    while more := set().union(*(behind[name] for name in reached)) & RECORDED - reached:
+        reached |= more
+
+    assert reached == RECORDED
+
+
 def _jobs(unit: dict[str, Any], alert: str) -> set[str]:
     """The jobs of a unit test of this alert: one that fires, and the silent ones beside it."""
-    if all(case["alertname"] != alert for case in unit["alert_rule_test"]):
+    if all(case["alertname"] != alert for case in unit.get("alert_rule_test", [])):
         return set()
     return {found for one in unit["input_series"] for found in re.findall(r'(?:job|instance)="(\w+)"', one["series"])}
 
