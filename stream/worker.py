@@ -340,6 +340,9 @@ class Worker:
             self.assignment.restore_again(self.assignment.running)
             return
         keep(sending.sealed, self.assignment.running)
+        # Not before: an abort goes back to the bundle that the switch came from.
+        if sending.sealed.effects.switched and not self.assignment.restoring:
+            self._switch.keep_only_what_is_used()
         self._aborted_in_a_row = 0
         self._dead_share.commit()
         took = self._clock() - sending.since
@@ -384,8 +387,6 @@ class Worker:
         self._effects.switched = {p for p in ready if p in running and self._switch.adopt(running[p])}
         self._begin_commit()
         self.metrics.switch_seconds.observe(self._clock() - began)
-        if not self.assignment.restoring:
-            self._switch.keep_only_what_is_used()
 
     def _settle(self, budget_s: float | None = None) -> None:
         """Finishes the batch in the model and commits. After `budget_s` the batch is given up, and nothing of it happened."""

@@ -78,6 +78,36 @@ def test_a_stream_with_two_switches_and_one_back_equals_the_batch_reference_with
     assert f"bundle {versions[2][:12]}" in gone.verdict
 
 
+def test_a_switch_whose_transaction_is_aborted_goes_back_to_the_bundle_before_and_is_done_again(
+    kafka: Connection, name: str, tmp_path: Path
+) -> None:
+    # given: the second switch will be aborted, so that the bundle to go back to is one that came by a switch, too
+    create_topic(kafka, name, partitions=1)
+    arguments = null_worker(kafka, name, tmp_path / "state", "--ratio", "1/2", "--cell-cap", "5")
+    entry = (str(REPOSITORY / "tests" / "end_to_end" / "aborting_worker.py"), "2")
+
+    # when
+    with worker(arguments, tmp_path / "worker.log", entry=entry) as running:
+        send(kafka, name, pairs(100), partitions=1)
+        until(lambda: processed(kafka, name), "the first part is processed")
+        versions = [NullModel().version, switch(kafka, name, "null:1/3").version]
+        # records keep coming, so that some are decided between the abort and the second try
+        with Load(kafka, name, 1, REPOSITORY / "corpus" / "sample", rate=RATE):
+            until(lambda: processed_records(kafka, name) > RATE, "the load flows")
+            announced = announce_folder(kafka, "null:2/2", name)
+            until(lambda: bundles_of(kafka, name)[0][-1] == announced.version, "the partition is switched after all")
+        until(lambda: processed(kafka, name), "all is processed")
+        running.drain()
+        log = running.log
+
+    # then
+    assert "planted in the middle of a switch" in log
+    assert bundles_of(kafka, name) == {0: [*versions, announced.version]}
+    assert outcome_of(kafka, name).anomalies() == NO_ANOMALY
+    found = verify(source_of(kafka, name), name, models_of(source_of(kafka, name), null=True))
+    assert (found.differences, found.not_verified) == ([], [])
+
+
 def test_without_a_cap_a_switch_evicts_nobody_and_a_command_lists_who_runs_with_what(
     kafka: Connection, name: str, tmp_path: Path
 ) -> None:
