@@ -34,6 +34,7 @@ class DriftWatch:
         """Takes what was committed, and looks if it is time to."""
         if model.version != self._version:
             self._version, self._window = model.version, None
+            self._show_nothing()
             if model.clustering is not None and model.baseline is not None:
                 self._window = DriftWindow(model.baseline, model.clustering, model.tokens)
         if self._window is None:
@@ -49,6 +50,13 @@ class DriftWatch:
         if self._window.due and now - self._looked_at >= LOOK_EVERY_S:
             self._looked_at = now
             self._show(self._window)
+
+    def _show_nothing(self) -> None:
+        """What was said of another bundle's baselines says nothing of this one's."""
+        metrics = self._metrics
+        metrics.drift_pairs.set(0)
+        for gauge in (metrics.drift_effect, metrics.drift_p_value, metrics.drift_alarm):
+            gauge.clear()
 
     def _show(self, window: DriftWindow) -> None:
         metrics = self._metrics

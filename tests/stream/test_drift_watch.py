@@ -119,6 +119,18 @@ def test_another_bundle_begins_another_window(clock: list[float]) -> None:
     assert watch._window is not None and watch._window.pairs == 100
 
 
+def test_an_alarm_of_the_bundle_before_does_not_outlive_the_switch(clock: list[float]) -> None:
+    metrics = Metrics()
+    watch = DriftWatch(metrics, lambda: clock[0])
+    feed(watch, Fitted(0), clock, commits=15, codes=20)
+    assert shown(metrics, "alarm", CODES) == 1
+
+    watch.take([], Fitted(1))
+
+    assert [shown(metrics, what, CODES) for what in ("alarm", "effect", "p_value")] == [None, None, None]
+    assert metrics.registry.get_sample_value("tldr_drift_window_pairs") == 0
+
+
 def test_a_model_without_baselines_has_no_drift(clock: list[float]) -> None:
     metrics = Metrics()
     watch = DriftWatch(metrics, lambda: clock[0])
