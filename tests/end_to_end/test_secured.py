@@ -11,10 +11,12 @@ import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+from confluent_kafka import Consumer
 from typer.testing import CliRunner
 
 from models.bundle import load_model
@@ -23,6 +25,7 @@ from stream.bundles import find_bundle
 from stream.cli import app
 from stream.consume import ConsumeOptions, consume
 from stream.errors import TldrError
+from stream.group_gap import GapWatch
 from stream.kafka import Connection
 from stream.pair_sources import BadEntry, open_source
 from stream.raw_format import raw_reader
@@ -38,7 +41,7 @@ from tests.end_to_end.secured_broker import (
     properties_file,
     secured_broker,
 )
-from tests.end_to_end.worker_process import REPOSITORY, WorkerProcess, null_worker, refused, run_command, worker
+from tests.end_to_end.worker_process import REPOSITORY, WorkerProcess, null_worker, refused, run_command, until, worker
 from tests.stream.stream_writer import StreamWriter
 
 SECRETS = (PASSWORD, STORE_PASSWORD)
@@ -154,8 +157,6 @@ def test_a_worker_goes_from_raw_to_kept_pairs_and_shows_its_secrets_to_nobody(
 
 
 def until_committed(running: WorkerProcess, records: int) -> None:
-    from tests.end_to_end.worker_process import until
-
     def committed() -> bool:
         found = re.findall(r"^tldr_pairs_total\{[^}]*\} (\d+)", running.get("/metrics")[1], re.MULTILINE)
         return sum(map(int, found)) >= records
@@ -276,6 +277,30 @@ def test_a_command_has_enough_with_the_rights_of_the_table_and_names_each_one_th
         secured.take_away("CN=client", right)
         assert named(refused(*attempt())) == {right}
         secured.grant("CN=client", [right])
+
+
+def test_a_worker_sees_who_has_which_partition_with_its_least_rights(
+    secured: SecuredBroker, certificate: Path, name: str, request: pytest.FixtureRequest
+) -> None:
+    # given: a member that has both partitions of a topic
+    request.addfinalizer(lambda: secured.take_away("CN=client"))
+    create_topic(secured.everything, name)
+    secured.grant("CN=client", least_rights("consume", raw=name, stream=name, instance="one"))
+    connection = secured.over_tls(certificate)
+    member = Consumer(connection.config(group_id=name, enable_auto_commit=False))
+    request.addfinalizer(member.close)
+    member.subscribe([name])
+
+    def found(watch: GapWatch) -> bool:
+        member.poll(0.05)
+        return watch.found()
+
+    until(lambda: member.poll(0.05) is None and len(member.assignment()) == 2, "it has both")
+
+    # then: a third one would be missed
+    now = count(0, 10)
+    watch = GapWatch(connection, name, name, 3, clock=lambda: float(next(now)))
+    until(lambda: found(watch), "the group has a gap")
 
 
 def test_the_reference_has_the_table_of_least_rights() -> None:
