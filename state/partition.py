@@ -251,9 +251,8 @@ class Partition:
         # Few of a batch are known, so only those are looked at one by one.
         hashes = set(known_hashes.tolist())
         found = self.store.known_offsets(known_hashes)
-        for layer in reversed(
-            self._layers()
-        ):  # an id that was out of the window counts again: the newest offset is meant
+        # An id that was out of the window counts again: the newest offset is meant.
+        for layer in reversed(self._layers()):
             found.update((known, layer.counted[known]) for known in layer.counted.keys() & hashes)
         found.update((known, TAKEN_DOWN) for known in self._forgotten & hashes)
         names = sorted(found)

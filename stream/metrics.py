@@ -236,7 +236,7 @@ class Metrics:
         )
         self.epoch = gauge(
             "partition_epoch",
-            "Epoch of a partition: how often its bundle was switched. Partitions may differ for good: one may have passed over a bundle.",
+            "Epoch of a partition: how often its bundle was switched. Partitions differ after one passed over a bundle.",
             ["partition"],
         )
         self.bundle_missing = gauge(
