@@ -4,8 +4,9 @@ All of it but the switch itself happens in a thread of its own: a bundle is fetc
 the entries of a capped partition are grouped by its clusters while the partition runs. The loop asks at a batch boundary
 which partitions are ready, and commits their switch. A bundle that cannot be had changes nothing: the live one stays.
 
-A partition goes on in the bundle that its changelog says. A worker that cannot load that one takes the partition straight to
-the newest bundle that was announced, or else declines to run it (BundleMissing): never does it count in an older epoch.
+A partition goes on in the bundle that its changelog says, and is switched to one that was announced later, never back to one
+that was announced before it. A worker that cannot load a partition's own bundle takes it straight to such a later one, or
+else declines to run it (BundleMissing).
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 
-from models.errors import ModelError
 from models.model import PairModel
 from state.errors import StateError, StoreClosed
 from state.partition import Partition
@@ -32,10 +33,39 @@ LOOK_EVERY_S = 1.0
 # A bundle that could not be loaded is tried again after this long.
 TRY_AGAIN_AFTER_S = 10.0
 IDLE_S = 0.2
+# How often who waits for a bundle looks whether he is still wanted.
+LOOK_UP_S = 0.1
+
+Cancelled = Callable[[], bool]
+Load = Callable[[Announcement, Cancelled], PairModel]
 
 
 class BundleMissing(Exception):
     """The bundle that a partition runs with cannot be loaded here now, and no newer one either."""
+
+
+class _Loading:
+    """A bundle on its way, in a thread that nobody has to wait for: the place that it comes from may hang."""
+
+    def __init__(self, load: Load, announcement: Announcement) -> None:
+        self.outcome: Future[PairModel] = Future()
+        self._given_up = threading.Event()
+        threading.Thread(target=self._run, args=(load, announcement), name="bundle", daemon=True).start()
+
+    def ended(self, cancelled: Cancelled) -> bool:
+        """Waits until it has; False: the caller is no longer wanted, and it is told to give up."""
+        while not self.outcome.done():
+            if cancelled():
+                self._given_up.set()
+                return False
+            wait([self.outcome], LOOK_UP_S)
+        return True
+
+    def _run(self, load: Load, announcement: Announcement) -> None:
+        try:
+            self.outcome.set_result(load(announcement, self._given_up.is_set))
+        except BaseException as error:
+            self.outcome.set_exception(error)
 
 
 class BundleSwitch:
@@ -43,7 +73,7 @@ class BundleSwitch:
 
     base      the model that it began with; every other one is of its space
     announced what is announced; None: this worker stays with its base (--bundle)
-    load      the model of an announced bundle. Raises ModelError, TldrError, OSError
+    load      the model of an announced bundle; gives up when told so
     running   the partitions that run now
     capped    whether pairs compete in cells, so that entries are to be grouped
     """
@@ -54,7 +84,7 @@ class BundleSwitch:
         topic: str,
         stream: str,
         announced: Announced | None,
-        load: Callable[[Announcement], PairModel],
+        load: Load,
         running: Callable[[], Mapping[int, Partition]],
         capped: bool,
         metrics: Metrics,
@@ -77,7 +107,10 @@ class BundleSwitch:
         self._failed: dict[str, tuple[str, float]] = {}  # version → why it cannot be had, when to try again
         self._refused: set[str] = set()
         self._looked_at = -LOOK_EVERY_S
+        self._place: dict[str, int] = {}  # version → its place in the order of the announcements
         self._one_at_a_time = threading.Lock()
+        self._looking = threading.Lock()
+        self._loading: _Loading | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="bundles", daemon=True)
 
@@ -114,16 +147,17 @@ class BundleSwitch:
         target = self.target.version
         found = []
         for number, partition in running.items():
-            switch = partition.switch
-            if switch is None or switch.bundle == target:
-                continue
-            if not self.capped or self._ready.get(number) == (partition, target):
+            if self._wants(partition, target) and self._is_grouped(partition, target):
                 found.append(number)
         return found
 
     def pending(self, running: Mapping[int, Partition]) -> bool:
         """Whether one of these partitions is still to be switched to the target."""
-        return any(p.switch is not None and p.bundle != self.target.version for p in running.values())
+        return any(self._wants(partition, self.target.version) for partition in running.values())
+
+    def has(self, partition: Partition) -> bool:
+        """Whether the bundle that a partition runs with is loaded here."""
+        return partition.bundle is None or partition.bundle in self.models
 
     def adopt(self, partition: Partition) -> bool:
         """Begins the epoch of the target in a partition whose open transaction is empty; whether that is a switch.
@@ -131,7 +165,9 @@ class BundleSwitch:
         What was kept since the thread last looked is grouped here, in memory: entries of a commit or two.
         """
         target, switch = self.target, partition.switch
-        if switch is None or switch.bundle == target.version:
+        # Another target may have come since it was asked which partitions are ready.
+        is_ready = self._wants(partition, target.version) and self._is_grouped(partition, target.version)
+        if switch is None or not is_ready:
             return False
         until, tail = partition.next_offset or 0, None
         if self.capped:
@@ -167,13 +203,22 @@ class BundleSwitch:
         finally:
             self._one_at_a_time.release()
 
+    def _wants(self, partition: Partition, target: str) -> bool:
+        """Whether a partition is to be switched: never to a bundle that was announced before its own one."""
+        switch = partition.switch
+        return switch is not None and self._place.get(switch.bundle, -1) < self._place.get(target, -1)
+
+    def _is_grouped(self, partition: Partition, target: str) -> bool:
+        return not self.capped or self._ready.get(partition.partition) == (partition, target)
+
     # -- for the threads that restore ----------------------------------------------------------------------------------
 
-    def make_ready(self, partition: Partition, next_offset: int, cancelled: Callable[[], bool]) -> bool:
+    def make_ready(self, partition: Partition, next_offset: int, cancelled: Cancelled) -> bool:
         """Loads what a restored partition runs with, and groups its entries where that is not done; False: cancelled.
 
         Raises BundleMissing, StateError.
         """
+        self._straight.pop(partition.partition, None)  # of a restore that came to nothing
         switch = partition.switch
         if switch is None:
             return True
@@ -185,23 +230,37 @@ class BundleSwitch:
             # What is loaded is not forgotten while a partition is restored, and whoever fetches another one may take long.
             found = self.models.get(switch.bundle)
             if found is None:
-                with self._one_at_a_time:
+                if not self._let_in(cancelled):
+                    return False
+                try:
                     self._look_now()
-                    found = self._model(switch.bundle)
+                    found = self._model(switch.bundle, cancelled)
                     if found is None:
-                        self._choose()
+                        self._choose(cancelled)
+                finally:
+                    self._one_at_a_time.release()
+                if cancelled():
+                    return False
+            elif self._wants(partition, self.target.version):
+                self._look_now()  # another worker may have switched it back, by an announcement that is not known here yet
             if found is not None:
                 model, epoch, until = found, switch.epoch, switch.input_offset
-            else:
-                newest = self._newest()
-                if newest is None or self.target.version != newest.version or newest.version == switch.bundle:
-                    why = self._failed.get(switch.bundle, ("it was never announced", 0.0))[0]
-                    raise BundleMissing(f"it runs with bundle {switch.bundle[:12]}, which cannot be loaded here: {why}")
+            elif self._wants(partition, self.target.version):
                 model, epoch, until = self.target, switch.epoch + 1, next_offset
                 self._straight[partition.partition] = model
+            else:
+                why = self._failed.get(switch.bundle, ("it was never announced", 0.0))[0]
+                raise BundleMissing(f"it runs with bundle {switch.bundle[:12]}, which cannot be loaded here: {why}")
         if not self.capped or partition.store.grouped(epoch, model.version, until):
             return True
         return Regrouping(partition.store, epoch, model.version, model.assign, until, alone=True).finish(cancelled)
+
+    def _let_in(self, cancelled: Cancelled) -> bool:
+        """Whether the caller may look and load now, who is then to release `_one_at_a_time`; False: cancelled."""
+        while not self._one_at_a_time.acquire(timeout=LOOK_UP_S):
+            if cancelled():
+                return False
+        return True
 
     # -- in the thread -------------------------------------------------------------------------------------------------
 
@@ -220,14 +279,19 @@ class BundleSwitch:
             self._stop.wait(max(time.monotonic() - began, 0.001) if busy else IDLE_S)
 
     def _look(self) -> None:
-        with self._one_at_a_time:
+        if not self._let_in(self._stop.is_set):
+            return
+        try:
             self._look_now()
-            self._choose()
+            self._choose(self._stop.is_set)
+        finally:
+            self._one_at_a_time.release()
 
     def _look_now(self) -> None:
-        if self._announced is not None:
-            self._announced.look()
-            self._looked_at = time.monotonic()
+        with self._looking:
+            if self._announced is not None:
+                self._place = {version: place for place, version in enumerate(self._announced.look())}
+                self._looked_at = time.monotonic()
 
     def _newest(self) -> Announcement | None:
         """The last announcement that fits the stream; those that do not are told of once."""
@@ -247,21 +311,23 @@ class BundleSwitch:
                 )  # fmt: skip
         return fitting
 
-    def _choose(self) -> None:
+    def _choose(self, cancelled: Cancelled) -> None:
         """Makes the newest fitting bundle the target, if it can be loaded."""
         newest = self._newest()
         if newest is None:
             self._target = None
             return
-        model = self._model(newest.version)
+        model = self._model(newest.version, cancelled)
+        if cancelled():
+            return
         self.metrics.bundle_missing.set(model is None)
         if model is not None and model is not self._target:
             self._target = model
             self._ready.clear()
             self.metrics.bundle.info({"version": model.version})
 
-    def _model(self, version: str) -> PairModel | None:
-        """The model of a bundle; None: it cannot be had now, which is told once."""
+    def _model(self, version: str, cancelled: Cancelled) -> PairModel | None:
+        """The model of a bundle; None: it cannot be had now, which is told once, or the caller is no longer wanted."""
         if version in self.models:
             return self.models[version]
         announcement = self._announced.by_version.get(version) if self._announced else None
@@ -270,11 +336,18 @@ class BundleSwitch:
         before, again_at = self._failed.get(version, ("", 0.0))
         if time.monotonic() < again_at:
             return None
+        # One that was given up comes to its end before the next begins: both write to the same folder.
+        if self._loading is not None and not self._loading.ended(cancelled):
+            return None
+        loading = self._loading = _Loading(self._load, announcement)
+        if not loading.ended(cancelled):
+            return None
+        self._loading = None
         try:
-            model = self._load(announcement)
+            model = loading.outcome.result()
             if (model.version, model.space) != (version, self.base.space):
                 raise TldrError(f"{announcement.uri} holds bundle {model.version[:12]}: announce it again")
-        except (ModelError, TldrError, OSError) as error:
+        except Exception as error:  # whatever is wrong with it, the live one can go on
             why = " ".join(str(error).split())
             self._failed[version] = why, time.monotonic() + TRY_AGAIN_AFTER_S
             if why != before:
@@ -306,7 +379,7 @@ class BundleSwitch:
         model = self.models.get(switch.bundle)
         if model is not None and not store.grouped(switch.epoch, switch.bundle, switch.input_offset):
             return Regrouping(store, switch.epoch, switch.bundle, model.assign, switch.input_offset).step()
-        if switch.bundle == target.version:
+        if not self._wants(partition, target.version):
             return sweep(store)
         more = Regrouping(store, switch.epoch + 1, target.version, target.assign).step()
         if not more and self._target is target:

@@ -308,7 +308,9 @@ def _fetched(announcement: Announcement, cache: Path, beside: Sequence[Path] = (
     return fetch(announcement.uri, announcement.version, cache, beside)
 
 
-def _beside(announcement: Announcement, base: PairModel, cache: Path, options: ConsumeOptions) -> PairModel:
+def _beside(
+    announcement: Announcement, base: PairModel, cache: Path, options: ConsumeOptions, cancelled: Callable[[], bool]
+) -> PairModel:
     """The model of an announced bundle, with the networks of `base` where they are the same."""
     if announcement.uri.startswith(NULL):
         from models.null import NullModel
@@ -409,7 +411,7 @@ def _run(
         options.topic,
         group,
         Announced(connection) if options.bundle is None else None,
-        lambda announcement: _beside(announcement, model, cache, options),
+        lambda announcement, cancelled: _beside(announcement, model, cache, options, cancelled),
         lambda: {} if worker is None else dict(worker.assignment.running),
         settings.cell_cap is not None,
         metrics,

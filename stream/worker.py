@@ -412,10 +412,17 @@ class Worker:
             partition.abort()
 
     def _go_back(self) -> None:
-        """Consumes again what is not committed; a partition that never committed anything begins anew, bundle and all."""
-        fresh = [number for number, partition in self.assignment.running.items() if partition.next_offset is None]
-        if fresh:
-            self.assignment.restore_again(fresh)
+        """Consumes again what is not committed.
+
+        A partition begins anew, bundle and all, where it never committed anything or went straight to a bundle from one that
+        this worker cannot load.
+        """
+        running = self.assignment.running
+        anew = [
+            n for n, partition in running.items() if partition.next_offset is None or not self._switch.has(partition)
+        ]
+        if anew:
+            self.assignment.restore_again(anew)
         for number, partition in self.assignment.running.items():
             self.intake.go_back(number, partition.next_offset or 0)
 

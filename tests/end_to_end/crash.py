@@ -28,7 +28,7 @@ from stream.kafka import Connection
 from stream.stream_view import StreamSource, read_view
 from stream.topics import StreamTopics
 from tests.end_to_end.checker import NO_ANOMALY, Findings, check
-from tests.end_to_end.dying_worker import Life, Nursery
+from tests.end_to_end.dying_worker import ABORT, ABORTED, Life, Nursery
 from tests.end_to_end.outcome import Raw, create_topic, local_stores, processed, send
 from tests.end_to_end.worker_process import ENVIRONMENT, REPOSITORY, WorkerProcess, null_worker, until
 
@@ -100,9 +100,9 @@ class Stream:
         records += [Raw(f"pair-{first}"), Raw(f"bad-{first}", image=b"BAD"), Raw(f"pair-{first + 1}", value=None)]
         send(self.stand.kafka, self.name, records, PARTITIONS)
 
-    def live(self, nth: int = 0, at: str = "", within: tuple[str, ...] = ()) -> Life:
+    def live(self, nth: int = 0, at: str = "", within: tuple[str, ...] = (), how: int = signal.SIGKILL) -> Life:
         """A worker's life until the end of the input, or until it dies."""
-        return self.stand.nursery.run(self.arguments("--stop-at-end"), self.log, nth=nth, at=at, within=within)
+        return self.stand.nursery.run(self.arguments("--stop-at-end"), self.log, nth=nth, at=at, within=within, how=how)
 
     def announce(self) -> None:
         """The next bundle: one cell, over its cap; three; one again; two."""
@@ -225,6 +225,23 @@ def switch(stand: Stand, first: int) -> Iterator[tuple[str, Stream]]:
             stream.announce()
 
 
+def aborts(stand: Stand, first: int) -> Iterator[tuple[str, Stream]]:
+    """Nobody dies, but a transaction is aborted at its nth step, that of a switch like the others."""
+    stream = stand.stream()
+    stream.feed()
+    stream.live_through()
+    for nth in range(first, 1 << 20):
+        stream.feed()
+        stream.announce()
+        life = stream.live(nth, how=ABORT)
+        if life.status != THROUGH:
+            raise AssertionError(f"the worker left with status {life.status}:\n{stream.log.read_text()[-3000:]}")
+        aborted = ABORTED in life.steps
+        yield f"{ABORTED} {life.steps[life.steps.index(ABORTED) - 1]}" if aborted else "through", stream
+        if not aborted:
+            return
+
+
 def switch_and_rebalance(stand: Stand, first: int) -> Iterator[tuple[str, Stream]]:
     """A worker dies over a switch while another one joins, which is late to know of the bundle."""
     for nth in range(first, 1 << 20):
@@ -292,6 +309,7 @@ SCENARIOS = {
     "elsewhere": elsewhere,
     "revocation": revocation,
     "switch": switch,
+    "aborts": aborts,
     "rebalance": switch_and_rebalance,
 }
 
@@ -339,7 +357,7 @@ def document(units: list[Unit]) -> str:
         "Written by `make crash`: a worker is killed (-9) before and after its nth step, for n = 1, 2, 3 … until a run gets",
         "through; steps are what it does to Kafka (each record produced is one), to its store and with its partitions. What it",
         "leaves is taken over by the next, and an independent checker (`tests/end_to_end/checker.py`) looks at topics, stores",
-        "and the broker's log files.",
+        "and the broker's log files. In one of the lives nobody is killed: the transaction is aborted at that step.",
         "",
         "| life | windows | got through at | seconds | anomalies | date |",
         "|---|---|---|---|---|---|",

@@ -22,6 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from confluent_kafka import KafkaError, KafkaException
+
 PRODUCER_STEPS = (
     "begin_transaction",
     "produce",
@@ -30,6 +32,20 @@ PRODUCER_STEPS = (
     "commit_transaction",
     "abort_transaction",
 )
+# In the place of a signal: nobody dies, but the transaction is aborted as if Kafka had said so.
+ABORT = 0
+# Where that can be: a transaction is open, and nobody has asked to commit it.
+ABORTABLE = (
+    "after begin_transaction",
+    "before produce",
+    "after produce",
+    "before flush",
+    "after flush",
+    "before send_offsets_to_transaction",
+    "after send_offsets_to_transaction",
+    "before commit_transaction",
+)
+ABORTED = "aborted"
 
 
 class Countdown:
@@ -38,7 +54,7 @@ class Countdown:
     nth     0: never
     within  counts only while a call with one of these names is under way; empty: always
     at      counts only this step; empty: all of them
-    how     SIGKILL; SIGSTOP makes a zombie, that may wake up
+    how     SIGKILL; SIGSTOP makes a zombie, that may wake up; ABORT, of which only the steps of a transaction count
     """
 
     def __init__(self, nth: int, within: Iterable[str], at: str, how: int, report: Path) -> None:
@@ -54,7 +70,12 @@ class Countdown:
             os.write(self._report, f"{what}\n".encode())
             if (self.within and not self.within.intersection(self._inside)) or (self.at and self.at != what):
                 return
+            if self.how == ABORT and what not in ABORTABLE:
+                return
             self.count += 1
+            if self.count == self.nth and self.how == ABORT:
+                os.write(self._report, f"{ABORTED}\n".encode())
+                raise KafkaException(KafkaError(KafkaError._TIMED_OUT, "as planned", txn_requires_abort=True))
             if self.count == self.nth:
                 # To this thread, not to the process: a SIGSTOP that another thread takes lets this one go on for a while.
                 signal.pthread_kill(threading.get_ident(), self.how)
@@ -121,7 +142,7 @@ def _become_mortal(nth: int, within: Iterable[str], at: str, how: int, report: P
     make_producer = stream.consume._producer
     stream.consume._producer = lambda *args: _MortalProducer(make_producer(*args), countdown)
     for owner, names in (
-        (stream.consume, ("_producer", "restore")),
+        (stream.consume, ("_producer", "restore", "_beside", "prune")),
         (stream.restore, ("group_offsets", "start_offsets", "end_offsets", "_open", "_where_to_go_on")),
         (shutil, ("rmtree",)),
         (PartitionStore, ("__init__", "apply", "close", "begin_grouping", "group", "sweep")),
@@ -247,9 +268,12 @@ class Nursery:
         """The steps of the worker so far."""
         return self._report.read_text().splitlines() if self._report.exists() else []
 
-    def run(self, arguments: list[str], log: Path, *, nth: int = 0, within: Iterable[str] = (), at: str = "") -> Life:
+    def run(
+        self, arguments: list[str], log: Path, *, nth: int = 0, within: Iterable[str] = (), at: str = "",
+        how: int = signal.SIGKILL,
+    ) -> Life:  # fmt: skip
         """`begin` and `end`."""
-        self.begin(arguments, log, nth=nth, within=within, at=at)
+        self.begin(arguments, log, nth=nth, within=within, at=at, how=how)
         return self.end()
 
     def __enter__(self) -> Self:

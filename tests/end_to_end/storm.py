@@ -22,7 +22,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from models.null import NullModel
 from stream.broker import LocalBroker
+from stream.bundles import announce_folder
 from stream.kafka import Connection
 from stream.murmur2 import partitions_of
 from stream.records import Codec
@@ -50,11 +52,20 @@ FAULTS = {
     "freeze": (3, SESSION_TIMEOUT_S + 6.0),  # SIGSTOP past the session time-out, then SIGCONT
     "leave": (3, 8.0),  # SIGTERM; joins again
     "broker": (2, 5.0),  # -9, back on its data
+    "switch": (4, 1.0),  # another bundle is announced; a stream that runs with a bundle of its own has none
 }
+# One of the workers takes so long to load a bundle: partitions go on in different ones meanwhile.
+LATE_WORKER, LATE_S = 2, 5.0
+
+
+# Faults that do not hit a worker.
+NOBODY = {"broker": -1, "switch": -2}
+BUNDLES = ("null:1/16", "null:2/5", "null:3/24")
+ASSIGN_OF = {model.version: model.assign for model in (NullModel(), *(NullModel.at(uri) for uri in BUNDLES))}
 
 
 class Fault(NamedTuple):
-    """worker  -1: the broker. for_s  until it is back."""
+    """worker  -1: the broker, -2: the bundles. for_s  until it is back."""
 
     at_s: float
     kind: str
@@ -62,16 +73,17 @@ class Fault(NamedTuple):
     for_s: float
 
 
-def plan_of(seed: int, seconds: float, gap_s: float) -> list[Fault]:
+def plan_of(seed: int, seconds: float, gap_s: float, *, switches: bool = True) -> list[Fault]:
     """The faults of a storm, `gap_s` apart on average: each kind once, in some order, then by chance."""
     dice = random.Random(seed)
-    kinds = dice.sample(list(FAULTS), len(FAULTS))
-    weights = [weight for weight, _ in FAULTS.values()]
+    possible = [kind for kind in FAULTS if switches or kind != "switch"]
+    kinds = dice.sample(possible, len(possible))
+    weights = [FAULTS[kind][0] for kind in possible]
     faults, at = [], 0.0
     while (at := at + dice.uniform(0.3, 1.7) * gap_s) < seconds - CALM_S:
-        kind = kinds.pop() if kinds else dice.choices(list(FAULTS), weights)[0]
+        kind = kinds.pop() if kinds else dice.choices(possible, weights)[0]
         shortest = SESSION_TIMEOUT_S + 1.0 if kind == "freeze" else 0.0
-        worker = -1 if kind == "broker" else dice.randrange(WORKERS)
+        worker = NOBODY.get(kind, dice.randrange(WORKERS))
         faults.append(Fault(at, kind, worker, dice.uniform(shortest, FAULTS[kind][1])))
     return faults
 
@@ -99,6 +111,7 @@ class Report:
     visible: int
     restores: int
     rebuilt: int
+    switches: int
     aborted: int
     exits: dict[str, int]
     seconds: float
@@ -115,6 +128,7 @@ class Report:
             f"records: {self.records}",
             f"visible: {self.visible}",
             f"restores: {self.restores} ({self.rebuilt} rebuilt)",
+            f"partitions that were switched: {self.switches}",
             f"aborted transactions: {self.aborted}",
             f"workers that left by themselves: {exits or 'none'}",
             f"seconds: {self.seconds:.0f}",
@@ -132,7 +146,7 @@ class Storm:
         self.workers: list[WorkerProcess | None] = [None] * WORKERS
         self.back_at: dict[int, tuple[float, str]] = {}  # worker or -1 → when it is back from which fault
         self.exits: Counter[str] = Counter()
-        self.sent = 0
+        self.sent = self.announced = 0
         self._codec = Codec("RawPair")
 
     def run(self) -> Report:
@@ -167,7 +181,8 @@ class Storm:
 
     def _blow(self) -> None:
         """Sends and breaks until the time is over, and mends what is broken then."""
-        plan = plan_of(self.weather.seed, self.weather.seconds, self.weather.gap_s)
+        weather = self.weather
+        plan = plan_of(weather.seed, weather.seconds, weather.gap_s, switches=weather.model == "null")
         producer = self.kafka.producer(linger_ms=20)
         records = self._records()
         began = time.monotonic()
@@ -199,9 +214,15 @@ class Storm:
     def _break(self, fault: Fault, now: float) -> None:
         """Does it to the worker that was meant, or to the next one that is well."""
         if fault.kind == "broker":
-            number = -1
+            number = NOBODY["broker"]
             if number not in self.back_at:
                 self.broker.kill()
+        elif fault.kind == "switch":
+            number = NOBODY["switch"]
+            if NOBODY["broker"] in self.back_at or number in self.back_at:
+                return
+            announce_folder(self.kafka, BUNDLES[self.announced % len(BUNDLES)], TOPIC)
+            self.announced += 1
         else:
             others = ((fault.worker + n) % WORKERS for n in range(WORKERS))
             number = next((n for n in others if n not in self.back_at and self._is_well(n)), fault.worker)
@@ -228,6 +249,8 @@ class Storm:
         worker = self.workers[number] if number >= 0 else None
         if kind == "broker":
             self.broker.start()
+        elif kind == "switch":
+            pass
         elif kind == "freeze" and worker is not None:
             worker.process.send_signal(signal.SIGCONT)
         else:
@@ -266,7 +289,11 @@ class Storm:
         return [worker for worker in self.workers if worker is not None and worker.running]
 
     def _start(self, number: int) -> None:
-        self.workers[number] = WorkerProcess(self._arguments(number), self.folder / f"worker-{number}.log")
+        late = (str(REPOSITORY / "tests" / "end_to_end" / "late_worker.py"), f"{LATE_S}")
+        self.workers[number] = WorkerProcess(
+            self._arguments(number), self.folder / f"worker-{number}.log",
+            entry=late if number == LATE_WORKER else ("-m", "stream"),
+        )  # fmt: skip
 
     def _state(self, number: int) -> Path:
         return self.folder / f"state-{number}"
@@ -318,6 +345,7 @@ class Storm:
                 sent=sent_in(self.history.path),
                 visible=visible_in(self.history.path),
                 stores=stores,
+                assign_of=ASSIGN_OF,
             )
         logs = "".join((self.folder / f"worker-{n}.log").read_text(errors="replace") for n in range(WORKERS))
         restores = re.findall(r"runs from offset \d+: \d+ changelog records (\w+)", logs)
@@ -329,6 +357,7 @@ class Storm:
             visible,
             len(restores),
             restores.count("rebuilt"),
+            len(re.findall(r"partition \d+: epoch \d+ begins", logs)),
             logs.count("transaction aborted"),
             dict(self.exits),
             seconds,
@@ -361,11 +390,12 @@ HEAD = """\
 
 Written by `make soak`, a row a unit of at most ten minutes: 3 workers on 4 partitions of a real Apache Kafka are killed
 (-9, with and without their state directory), frozen past their session time-out, made to leave and join; the broker is
-killed and started again; records with duplicates, takedowns and bad ones flow all the while. The seed gives the fault
-plan. An independent checker (`tests/end_to_end/checker.py`) then counts every anomaly.
+killed and started again; bundles are announced, which one of the workers takes 5 s to load; records with duplicates,
+takedowns and bad ones flow all the while. The seed gives the fault plan. An independent checker
+(`tests/end_to_end/checker.py`) then counts every anomaly.
 
-| date | model | seed | seconds | records | faults | restores (rebuilt) | aborted | left by themselves | anomalies |
-|---|---|---|---|---|---|---|---|---|---|
+| date | model | seed | seconds | records | faults | restores (rebuilt) | switched | aborted | left | anomalies |
+|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -377,8 +407,8 @@ def row_of(report: Report) -> str:
     faults = ", ".join(f"{kind} {count}" for kind, count in sorted(report.faults.items()))
     return (
         f"| {report.date} | {report.weather.model} | {report.weather.seed} | {report.seconds:.0f} | {report.records:,} | "
-        f"{sum(report.faults.values())}: {faults} | {report.restores} ({report.rebuilt}) | {report.aborted} | {exits} | "
-        f"{found or none} |\n"
+        f"{sum(report.faults.values())}: {faults} | {report.restores} ({report.rebuilt}) | {report.switches} | "
+        f"{report.aborted} | {exits} | {found or none} |\n"
     )
 
 

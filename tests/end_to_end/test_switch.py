@@ -84,7 +84,7 @@ def test_a_switch_whose_transaction_is_aborted_goes_back_to_the_bundle_before_an
     # given: the second switch will be aborted, so that the bundle to go back to is one that came by a switch, too
     create_topic(kafka, name, partitions=1)
     arguments = null_worker(kafka, name, tmp_path / "state", "--ratio", "1/2", "--cell-cap", "5")
-    entry = (str(REPOSITORY / "tests" / "end_to_end" / "aborting_worker.py"), "2")
+    entry = (str(REPOSITORY / "tests" / "end_to_end" / "aborting_worker.py"), "3")
 
     # when
     with worker(arguments, tmp_path / "worker.log", entry=entry) as running:
@@ -106,6 +106,33 @@ def test_a_switch_whose_transaction_is_aborted_goes_back_to_the_bundle_before_an
     assert outcome_of(kafka, name).anomalies() == NO_ANOMALY
     found = verify(source_of(kafka, name), name, models_of(source_of(kafka, name), null=True))
     assert (found.differences, found.not_verified) == ([], [])
+
+
+def test_a_partition_that_goes_straight_to_a_later_bundle_begins_anew_where_that_is_aborted(
+    kafka: Connection, name: str, tmp_path: Path
+) -> None:
+    # given: a partition that runs with a bundle that the next worker cannot load
+    create_topic(kafka, name, partitions=1)
+    arguments = null_worker(kafka, name, tmp_path / "state", "--ratio", "1/2", "--cell-cap", "5")
+    with worker(arguments, tmp_path / "first.log") as first:
+        send(kafka, name, pairs(100), partitions=1)
+        until(lambda: processed(kafka, name), "the first part is processed")
+        lost = switch(kafka, name, "null:1/3")
+        first.drain()
+    later = announce_folder(kafka, "null:2/2", name)
+
+    # when
+    entry = (str(REPOSITORY / "tests" / "end_to_end" / "aborting_worker.py"), "1", "missing=null:1/3")
+    send(kafka, name, pairs(100, prefix="later"), partitions=1)
+    with worker(arguments, tmp_path / "second.log", entry=entry) as second:
+        until(lambda: processed(kafka, name), "all is processed")
+        second.drain()
+        log = second.log
+
+    # then
+    assert "planted in the middle of a switch" in log
+    assert bundles_of(kafka, name) == {0: [NullModel().version, lost.version, later.version]}
+    assert outcome_of(kafka, name).anomalies() == NO_ANOMALY
 
 
 def test_without_a_cap_a_switch_evicts_nobody_and_a_command_lists_who_runs_with_what(

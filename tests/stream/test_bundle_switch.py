@@ -17,7 +17,7 @@ from state.partition import Partition
 from state.partition_store import PartitionStore
 from state.quota import Ratio
 from state.settings import StreamSettings
-from stream.bundle_switch import BundleMissing, BundleSwitch
+from stream.bundle_switch import BundleMissing, BundleSwitch, Cancelled
 from stream.bundles import Announced, Announcement, announce, announce_folder
 from stream.errors import TldrError
 from stream.kafka import Connection
@@ -36,6 +36,7 @@ class Worker:
         self.settings = replace(STREAM, cell_cap=2 if capped else None)
         self.running: dict[int, Partition] = {}
         self.metrics, self.models, self.missing = Metrics(), dict[str, PairModel](), set[str]()
+        self.broken = set[str]()
         self.loads: list[str] = []
         self.arrives: dict[str, threading.Event] = {}  # of bundles that are slow to fetch
         self.switch = BundleSwitch(
@@ -43,12 +44,14 @@ class Worker:
         )
         self.changelog = 0
 
-    def load(self, announcement: Announcement) -> PairModel:
+    def load(self, announcement: Announcement, cancelled: Cancelled) -> PairModel:
         self.loads.append(announcement.uri)
         if announcement.uri in self.arrives:
             assert self.arrives[announcement.uri].wait(30)
         if announcement.uri in self.missing:
             raise BundleError(f"{announcement.uri} is cut off")
+        if announcement.uri in self.broken:
+            raise RuntimeError("a tensor has another shape")
         return NullModel.at(announcement.uri)
 
     def open(self, number: int) -> Partition:
@@ -177,6 +180,129 @@ def test_a_partition_that_comes_with_a_bundle_that_cannot_be_had_is_not_run_in_a
         late.switch.close()
         for partition in late.running.values():
             partition.store.close()
+
+
+@pytest.fixture
+def late(worker: Worker, tmp_path: Path) -> Iterator[Worker]:
+    """Another worker of the stream, which follows nothing by itself; the tests give it the stores of the first."""
+    made = Worker(worker.kafka, worker.name, tmp_path)
+    yield made
+    for partition in made.running.values():
+        partition.store.close()
+
+
+def test_a_worker_that_cannot_load_the_newest_bundle_leaves_a_partition_in_its_own_one(
+    worker: Worker, late: Worker
+) -> None:
+    worker.run(0)
+    worker.feed(0, 5)
+    own = announce_folder(worker.kafka, "null:1/2", worker.name)
+    worker.switch_over(0)
+    worker.close(0)
+    late.missing.add("null:3/4")
+    announce_folder(worker.kafka, "null:3/4", worker.name)
+
+    # what it could switch to is the base, from before
+    partition = late.run(0)
+    late.switch._look()
+    while late.switch._prepare():
+        pass
+
+    assert (partition.bundle, late.switch.target) == (own.version, BASE)
+    assert late.switch.ready(late.running) == [] and not late.switch.pending(late.running)
+
+
+def test_a_bundle_that_a_restore_loaded_is_not_left_for_the_target_from_before(worker: Worker, late: Worker) -> None:
+    worker.run(0)
+    worker.feed(0, 5)
+    for uri in ("null:3/4", "null:1/2"):
+        late.switch._look()  # up to the first one, which is its target
+        announce_folder(worker.kafka, uri, worker.name)
+        worker.switch_over(0)
+    worker.close(0)
+
+    late.run(0)  # it has not looked again since
+    while late.switch._prepare():
+        pass
+
+    assert late.switch.ready(late.running) == []
+
+
+def test_a_partition_that_was_switched_back_is_not_switched_again_by_a_worker_that_does_not_know_yet(
+    worker: Worker, late: Worker
+) -> None:
+    worker.run(0)
+    worker.feed(0, 5)
+    versions = []
+    for uri in ("null:1/2", "null:2/3"):
+        versions.append(announce_folder(worker.kafka, uri, worker.name).version)
+        worker.switch_over(0)
+        late.switch._look()
+    announce_folder(worker.kafka, "null:1/2", worker.name)
+    worker.switch_over(0)
+    worker.close(0)
+
+    late.run(0)  # it has both, and the second one is its target
+    while late.switch._prepare():
+        pass
+
+    assert late.running[0].bundle == versions[0]
+    assert late.switch.ready(late.running) == []
+
+
+def test_a_straight_way_that_was_not_gone_is_forgotten(worker: Worker, late: Worker) -> None:
+    # given: it was about to take the partition straight to the newest bundle when it was taken back
+    worker.run(0)
+    worker.feed(0, 5)
+    own = announce_folder(worker.kafka, "null:1/2", worker.name)
+    worker.switch_over(0)
+    worker.close(0)
+    late.missing.add("null:1/2")
+    announce_folder(worker.kafka, "null:3/4", worker.name)
+    partition = late.open(0)
+    assert late.switch.make_ready(partition, 5, lambda: False)
+    partition.store.close()
+
+    # when: it comes again, and its own bundle can be had
+    late.missing.clear()
+    late.switch._failed.clear()
+    partition = late.run(0)
+
+    assert (partition.epoch, partition.bundle) == (1, own.version)
+
+
+def test_a_fetch_that_hangs_holds_up_neither_a_partition_that_is_taken_back_nor_the_end(
+    worker: Worker, late: Worker
+) -> None:
+    worker.run(0)
+    worker.feed(0, 5)
+    announce_folder(worker.kafka, "null:1/2", worker.name)
+    worker.switch_over(0)
+    worker.close(0)
+    late.arrives["null:1/2"] = arrives = threading.Event()
+    partition, taken_back, restored = late.open(0), threading.Event(), list[bool]()
+    restore = threading.Thread(
+        target=lambda: restored.append(late.switch.make_ready(partition, 5, taken_back.is_set)), daemon=True
+    )
+
+    restore.start()
+    until(lambda: late.loads == ["null:1/2"], "it is being fetched", 20)
+    taken_back.set()
+    restore.join(5)
+    late.switch.close()
+
+    assert not restore.is_alive() and restored == [False]
+    partition.store.close()
+    arrives.set()
+
+
+def test_whatever_is_wrong_with_a_bundle_the_live_one_goes_on(worker: Worker) -> None:
+    worker.run(0)
+    worker.broken.add("null:1/2")
+    announce_folder(worker.kafka, "null:1/2", worker.name)
+
+    until(lambda: "null:1/2" in worker.loads, "it was tried", 20)
+    until(lambda: worker.metrics.registry.get_sample_value("tldr_bundle_missing") == 1, "the metric tells it", 20)
 
 
 def test_bundles_of_another_space_or_for_another_stream_are_passed_over_and_refused_where_they_are_announced(
