@@ -196,6 +196,25 @@ def answer(connection: Connection, admin: Admin, asked: Future[Any]) -> Any:
     return done
 
 
+def _answering(connection: Connection) -> Admin:
+    """The admin client; where its connections failed since the last answer, once a broker answers again.
+
+    A request that needs a broker which is away takes a whole core in librdkafka (2.16) until it times out; one for metadata
+    just waits (docs/tried.md). Raises Unavailable, NoEntry.
+    """
+    admin = connection.admin
+    admin.poll(0)
+    if admin.said:
+        try:
+            admin.list_topics(timeout=CONNECT_TIMEOUT_S)
+        except KafkaException as error:
+            admin.poll(0)
+            refused = next((said for said in admin.said if refuses_entry(said)), None)
+            raise no_entry(connection, refused) if refused else _away(connection, admin, error.args[0]) from error
+        admin.said.clear()
+    return admin
+
+
 def no_entry(connection: Connection, error: KafkaError) -> NoEntry:
     """The line for a connection that is refused, by either side."""
     said, where = _plain(error), "in the file of --kafka-properties"
@@ -292,7 +311,7 @@ def _describe(connection: Connection, topics: Iterable[str], *, operations: bool
         raise TldrError("a topic needs a name")
     if not wanted:
         return {}
-    admin = connection.admin
+    admin = _answering(connection)
     asked = admin.describe_topics(
         TopicCollection(list(wanted)), include_authorized_operations=operations, request_timeout=CONNECT_TIMEOUT_S
     )
@@ -341,7 +360,7 @@ def create_missing(
     if not missing:
         return []
     created, forbidden = [], []
-    for name, done in connection.admin.create_topics(missing, request_timeout=REQUEST_TIMEOUT_S).items():
+    for name, done in _answering(connection).create_topics(missing, request_timeout=REQUEST_TIMEOUT_S).items():
         try:
             answer(connection, connection.admin, done)
             created.append(name)
@@ -364,7 +383,7 @@ def topic_setting(connection: Connection, topic: str, name: str) -> str | None:
     """One setting of a topic as the broker has it now, None where it has none."""
     resource = ConfigResource(ResourceType.TOPIC, topic)
     try:
-        done = connection.admin.describe_configs([resource], request_timeout=REQUEST_TIMEOUT_S)
+        done = _answering(connection).describe_configs([resource], request_timeout=REQUEST_TIMEOUT_S)
         entry = answer(connection, connection.admin, done[resource]).get(name)
     except KafkaException as error:
         what = f"cannot read the settings of topic {topic}"
@@ -397,9 +416,9 @@ def _offsets(
     asked = {TopicPartition(topic, p): spec for p in partitions}
     if not asked:
         return {}
-    admin, began = connection.admin, time.monotonic()
+    admin, began = _answering(connection), time.monotonic()
     while True:
-        done = admin.list_offsets(asked, isolation_level=level, request_timeout=REQUEST_TIMEOUT_S)
+        done = admin.list_offsets(asked, isolation_level=level, request_timeout=CONNECT_TIMEOUT_S)
         try:
             return {tp.partition: answer(connection, admin, result).offset for tp, result in done.items()}
         except KafkaException as error:

@@ -245,6 +245,8 @@ class Storm:
         return worker is not None and worker.running
 
     def _mend(self, number: int, kind: str) -> None:
+        if kind == "leave" and NOBODY["broker"] in self.back_at:  # it cannot leave before the broker is back
+            return
         del self.back_at[number]
         worker = self.workers[number] if number >= 0 else None
         if kind == "broker":
