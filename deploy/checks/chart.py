@@ -8,8 +8,10 @@ environment of its own (.build/deploy-venv); what needs the program asks it in t
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -263,6 +265,57 @@ def program(report: Report, sets: dict[str, list[dict[str, Any]]]) -> None:
     report.checked.append(answer["checked"])
 
 
+def scripts(report: Report, sets: dict[str, list[dict[str, Any]]]) -> None:
+    """What stands around the program in the Jobs, run with a program that does nothing but leave with a status."""
+    jobs = {kind: pod["containers"][0] for kind, pod in pods(sets["gpu"]) if "command" in pod["containers"][0]}
+    bootstrap = next(c for c in jobs.values() if c["name"] == "bootstrap")
+    recluster = next(c for c in jobs.values() if c["name"] == "recluster")
+    cases = 0
+    for status, wanted in ((0, 0), (9, 0), (3, 3)):
+        with tempfile.TemporaryDirectory() as folder:
+            found, _ = run(recluster, Path(folder), status)
+        cases += 1
+        if found != wanted:
+            report.wrong.append(f"recluster left with {status} and its Job with {found}, not {wanted}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        bundle, mark = folder / "bundle", folder / "bundle.announced"
+        for what, status, wanted in (
+            ("a bootstrap that fails", 2, (2, "bootstrap", False)),
+            ("a bootstrap", 0, (0, "bootstrap", True)),
+            ("one that was done before", 0, (0, "", True)),
+            ("a bundle that was made and not announced", 0, (0, "bundle announce", True)),
+        ):
+            if what.startswith("a bundle"):
+                mark.unlink()
+                bundle.mkdir()
+                (bundle / "manifest.json").touch()
+            code, called = run(bootstrap, folder, status, BUNDLE=str(bundle))
+            cases += 1
+            if (
+                (code, mark.exists()) != (wanted[0], wanted[2])
+                or not called.startswith(wanted[1])
+                or (called and not wanted[1])
+            ):
+                report.wrong.append(f"{what}: status {code}, called `{called}`, mark {mark.exists()}")
+    report.checked.append(f"the scripts around recluster and bootstrap, in {cases} cases")
+
+
+def run(container: dict[str, Any], folder: Path, status: int, **environment: str) -> tuple[int, str]:
+    """The container's script with a stub for the program: its status, and what the program was called with."""
+    calls = folder / "calls"
+    calls.write_text("")
+    stub = folder / "bin" / "tldr-stream"
+    stub.parent.mkdir(exist_ok=True)
+    stub.write_text(f'#!/bin/sh\necho "$*" >> {calls}\nexit {status}\n')
+    stub.chmod(0o755)
+    done = subprocess.run(
+        [*container["command"], *container["args"]], check=False, capture_output=True,
+        env={"PATH": f"{stub.parent}:{os.environ['PATH']}", **environment},
+    )  # fmt: skip
+    return done.returncode, calls.read_text().strip()
+
+
 def nonsense(report: Report) -> None:
     minimal = str(CHART / "ci" / "minimal-values.yaml")
     for what, setting in NONSENSE.items():
@@ -278,6 +331,7 @@ def main() -> int:
     own_rules(report, sets)
     policies(report)
     program(report, sets)
+    scripts(report, sets)
     nonsense(report)
     report.unchecked.append("a real cluster: nothing was installed, scheduled, bound or scaled")
     for title, lines in (("checked", report.checked), ("not checked", report.unchecked), ("WRONG", report.wrong)):
