@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,13 +267,9 @@ def refuse_an_eaten_cut(source: StreamSource, index: KeptIndex, view: StreamView
         )
 
 
-def epoch_pairs(index: KeptIndex, view: StreamView) -> dict[int, int]:
-    """How many pairs of the set were kept in each epoch."""
-    pairs: dict[int, int] = {}
-    for p in view.partitions:
-        for pair in index.live(p):
-            pairs[pair.epoch] = pairs.get(pair.epoch, 0) + 1
-    return pairs
+def epoch_pairs(index: KeptIndex, view: StreamView) -> Counter[tuple[int, int]]:
+    """How many pairs of the set were kept in each (partition, epoch)."""
+    return Counter((p, pair.epoch) for p in view.partitions for pair in index.live(p))
 
 
 def _write_states(
@@ -358,7 +355,7 @@ def _manifest(
     wanted: _Wanted,
     plan: Mapping[int, tuple[dict[tuple[int, int], tuple[int, int]], list[int]]],
     files: list[ShardFile],
-    pairs_by_epoch: Mapping[int, int],
+    pairs_by_epoch: Mapping[tuple[int, int], int],
 ) -> dict[str, Any]:
     """Everything that says which pairs these are. The cut alone decides it, so that it is the same whenever it is taken."""
     settings = json.loads(view.settings.to_json())
@@ -392,26 +389,37 @@ def _manifest(
     }
 
 
-def _epochs(view: StreamView, cut: Cut, pairs: Mapping[int, int], rows: list[list[int]]) -> list[dict[str, Any]]:
-    """The bundle of every epoch, where it begins, and how many pairs of the set and of the snapshot were counted in it."""
-    epochs: dict[int, dict[str, Any]] = {}
+def _epochs(
+    view: StreamView, cut: Cut, pairs: Mapping[tuple[int, int], int], rows: list[list[int]]
+) -> list[dict[str, Any]]:
+    """Every epoch and its bundle: where it begins, and how many pairs of the set and of the snapshot were counted in it.
+
+    A partition counts its own switches, so an epoch is told once for each bundle that partitions have in it; it is that of
+    the partitions in `begins` alone.
+    """
+    taken: Counter[tuple[int, int]] = Counter()
+    for row in rows:
+        taken[row[0], row[1]] += row[-1]
+    epochs: dict[tuple[int, str], dict[str, Any]] = {}
     for p, part in sorted(view.partitions.items()):
         for epoch, switch in sorted(part.switches.items()):
             if switch.input_offset > cut.offsets[p] or (epoch and switch.input_offset == cut.offsets[p]):
                 continue
             known = epochs.setdefault(
-                epoch,
+                (epoch, switch.bundle),
                 {
                     "epoch": epoch,
                     "bundle": switch.bundle,
                     "space": switch.space,
-                    "pairs": pairs.get(epoch, 0),
-                    "taken": sum(row[-1] for row in rows if row[1] == epoch),
+                    "pairs": 0,
+                    "taken": 0,
                     "begins": {},
                 },
             )
             known["begins"][str(p)] = switch.input_offset
-    return [epochs[epoch] for epoch in sorted(epochs)]
+            known["pairs"] += pairs.get((p, epoch), 0)
+            known["taken"] += taken[p, epoch]
+    return [epochs[name] for name in sorted(epochs)]
 
 
 def _result(

@@ -109,17 +109,15 @@ def _union(dicts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _epochs(parts: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    by_number: dict[int, list[Mapping[str, Any]]] = {}
+    by_name: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
     for part in parts:
         for epoch in part["epochs"]:
-            by_number.setdefault(epoch["epoch"], []).append(epoch)
+            by_name.setdefault((epoch["epoch"], epoch["bundle"]), []).append(epoch)
 
     def merged() -> Iterator[dict[str, Any]]:
-        for _, same in sorted(by_number.items()):
-            # As one process does it: an epoch is named after the lowest partition that has it.
-            lowest = min(same, key=lambda epoch: min(map(int, epoch["begins"])))
+        for _, same in sorted(by_name.items()):
             begins = _union(epoch["begins"] for epoch in same)
             sums = {name: sum(epoch[name] for epoch in same) for name in ("pairs", "taken")}
-            yield {**lowest, **sums, "begins": begins}
+            yield {**same[0], **sums, "begins": begins}
 
     return list(merged())

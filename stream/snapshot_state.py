@@ -282,7 +282,8 @@ class TakenState:
                 if switch is None or (switch.bundle, switch.input_offset) != (epoch["bundle"], begins):
                     raise TldrError(
                         f"{place} has epoch {epoch['epoch']} of partition {p} begin at offset {begins} with bundle "
-                        f"{epoch['bundle'][:12]}, and the changelog says otherwise: one of them was changed"
+                        f"{epoch['bundle'][:12]}, and the changelog says otherwise: one of them was changed, or a version that "
+                        "named an epoch by its number alone took it of partitions that had switched in different ways"
                     )
 
     def _blocks(self, partition: int) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,7 @@ A test says which raw records there are and how they fall into transactions, and
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,18 +162,37 @@ class StreamWriter:
         codec = Codec("PairCodes")
         return Outlet(self._transactional, self._consumer, self.topics, self.name, codec, "writer", self.partitions)
 
-    def switch(self, model: NullModel) -> Self:
-        """Begins the next epoch in every partition, as a worker does: in a transaction that holds nothing else."""
+    def switch(self, model: PairModel, partitions: Iterable[int] | None = None) -> Self:
+        """Begins the next epoch in these partitions (None: in all), as a worker does: in a transaction of its own."""
         self.models[model.version] = model
-        for partition in self.live.values():
+        numbers = set(self.live if partitions is None else partitions)
+        for partition in (self.live[number] for number in numbers):
             tail, until = None, partition.next_offset or 0
             if self.cap is not None:
                 epoch = partition.epoch + 1
                 tail = Regrouping(partition.store, epoch, model.version, model.assign, until).tail()
             partition.adopt(model.version, model.space, until, tail)
-        commit(Effects(switched=set(self.live)), self.live, self._outlet)
+        commit(Effects(switched=numbers), self.live, self._outlet)
         self._wait_for_markers()
         return self
+
+    def switch_apart(
+        self,
+        between: PairModel,
+        newest: PairModel,
+        pairs: Sequence[Mapping[str, Any] | str],
+        straight: Iterable[int] = (0,),
+    ) -> Self:
+        """Partitions come to `newest` in two ways: straight (its epoch is 1 there), or over `between` (2).
+
+        A third of the pairs comes before the first switch, between the two, and after the second.
+        """
+        third = -(-len(pairs) // 3)
+        self.feed(pairs[:third]).run()
+        self.switch(between, self.live.keys() - set(straight))
+        self.feed(pairs[third : 2 * third]).run()
+        self.switch(newest)
+        return self.feed(pairs[2 * third :]).run()
 
     def _wait_for_markers(self) -> None:
         """The broker writes them behind the caller's back, and a committed reader that comes sooner sees less."""

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from models.null import NullModel
 from state.quota import Ratio
 from stream.cut import parse_cut, written
 from stream.errors import TldrError
@@ -257,3 +258,32 @@ def test_what_is_taken_loads_with_webdataset_and_with_datasets(
     tars = [str(tmp_path / "png" / file.name) for file in wds.files]
     streamed = datasets.load_dataset("webdataset", data_files=tars, split="train", streaming=True)
     assert {row["json"]["id"]: row["png"].size for row in streamed} == {f"http://x/{i}": (16, 16) for i in range(3)}
+
+
+def apart(kafka: Connection, name: str, folder: Path, partitions: int = 2) -> StreamWriter:
+    """Epoch 1 of partition 0 has the bundle that epoch 2 has elsewhere."""
+    between, newest = (NullModel(tokens=8, codebook_size=50, clusters=3, seed=seed) for seed in (1, 2))
+    writer = StreamWriter(kafka, name, folder, partitions=partitions, cap=30)
+    return writer.switch_apart(between, newest, [f"pair {i}" for i in range(150 * partitions)])
+
+
+def test_each_pair_is_of_the_bundle_that_the_manifest_says_though_partitions_came_to_it_in_different_epochs(
+    kafka: Connection, name: str, tmp_path: Path
+) -> None:
+    with apart(kafka, name, tmp_path / "state") as writer:
+        first, between, newest = writer.models
+        snapshot(writer.source, tmp_path / "out", format="parquet", ratio=Ratio(1, 4))
+        view = read_view(writer.source)
+
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    told = {
+        (int(p), epoch["epoch"]): epoch["bundle"] for epoch in manifest["epochs"] for p in epoch["begins"]
+    }  # fmt: skip
+    assert told == {(0, 0): first, (0, 1): newest, (1, 0): first, (1, 1): between, (1, 2): newest}
+    pairs = [row for path in sorted((tmp_path / "out").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    assert {told[row["source_partition"], row["epoch"]] == row["bundle"] for row in pairs} == {True}
+    for epoch in manifest["epochs"]:
+        its = {(int(p), epoch["epoch"]) for p in epoch["begins"]}
+        assert epoch["taken"] == sum((row["source_partition"], row["epoch"]) in its for row in pairs) > 0
+        assert epoch["pairs"] == sum(row[6] for row in manifest["cells"]["rows"] if (row[0], row[1]) in its)
+    read_state(tmp_path / "out").refuse_another_stream(view)

@@ -21,7 +21,7 @@ from stream.snapshot_parts import Part, put_together
 from stream.snapshot_state import read_state
 from stream.stream_view import read_view
 from tests.stream.stream_writer import StreamWriter, raw
-from tests.stream.test_snapshot import bytes_of, file_size_limit, ids_of
+from tests.stream.test_snapshot import apart, bytes_of, file_size_limit, ids_of
 
 
 @pytest.fixture
@@ -162,6 +162,23 @@ def test_every_partition_belongs_to_exactly_one_part(of: int) -> None:
 
     assert sorted(itertools.chain(*shared)) == list(range(7))
     assert max(map(len, shared)) - min(map(len, shared)) <= 1
+
+
+def test_parts_whose_partitions_switched_in_different_ways_leave_the_bytes_of_one_process(
+    kafka: Connection, name: str, tmp_path: Path
+) -> None:
+    with apart(kafka, name, tmp_path / "state", partitions=3) as writer:
+        _, between, newest = writer.models
+        snapshot(writer.source, tmp_path / "whole")
+        for number in range(3):
+            snapshot(writer.source, tmp_path / "parts", part=Part(number, 3))
+        view = read_view(writer.source)
+
+    assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole")
+    state = read_state(tmp_path / "parts")
+    state.refuse_another_stream(view)
+    found = {(e["epoch"], e["bundle"]): sorted(e["begins"]) for e in state.manifest["epochs"] if e["epoch"]}
+    assert found == {(1, newest): ["0"], (1, between): ["1", "2"], (2, newest): ["1", "2"]}
 
 
 def test_parts_of_a_manifest_put_together_are_the_manifest(writer: StreamWriter, tmp_path: Path) -> None:

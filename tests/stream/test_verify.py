@@ -232,6 +232,20 @@ def test_a_capped_stream_with_two_switches_is_verified_and_what_is_planted_after
     assert (missing.id, missing.offset) == victim
 
 
+def test_partitions_that_switched_in_different_ways_are_verified_from_the_beginning_and_from_a_snapshot(
+    kafka: Connection, name: str, tmp_path: Path
+) -> None:
+    with StreamWriter(kafka, name, tmp_path, cap=9, ratio="2/3") as writer:
+        writer.switch_apart(other(1, 2), other(2, 3), [f"pair {i}" for i in range(240)])
+        whole = verify(writer.source, name, writer.models.get)
+        snapshot(writer.source, tmp_path / "snapshot", manifest_only=True)
+        writer.feed(f"pair {i}" for i in range(240, 300)).run()
+        since = verify(writer.source, name, writer.models.get, taken=read_state(tmp_path / "snapshot"))
+
+    for found in (whole, since):
+        assert nothing_but(found) == [] and found.not_verified == []
+
+
 @pytest.mark.parametrize("cap", [None, 9])
 def test_from_a_snapshot_on_a_switch_is_proven_as_far_as_vectors_are_left(
     kafka: Connection, name: str, tmp_path: Path, cap: int | None
