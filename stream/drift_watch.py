@@ -13,11 +13,19 @@ import numpy as np
 
 from models.drift import DriftWindow
 from models.model import PairModel
+from state.partition import Partition
 from stream.metrics import Metrics
 from stream.reduce import CodesColumns
 
 ROWS_A_COMMIT = 256
 LOOK_EVERY_S = 10.0
+
+
+def watched(running: Iterable[Partition], target: str) -> Partition | None:
+    """The partition whose bundle drift is watched by: one that runs with `target`, the newest bundle that this worker could
+    load; while none does, the first. Epochs do not tell: each partition counts its own switches.
+    """
+    return max(running, key=lambda partition: partition.bundle == target, default=None)
 
 
 class DriftWatch:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from stream.bundles import announced
 from stream.errors import TldrError
-from stream.kafka import Connection
+from stream.kafka import Connection, MissingRight
 from stream.stream_view import StreamView
 
 if TYPE_CHECKING:
@@ -40,34 +42,57 @@ class LiveBundle:
         return self.manifest.version[:VERSION_CHARACTERS]
 
 
-def running_bundle(view: StreamView) -> str:
-    """The version in the newest switch record. Raises TldrError where the stream has none yet."""
-    switches = [switch for part in view.partitions.values() for switch in part.switches.values()]
-    if not switches:
+def running_bundle(connection: Connection, view: StreamView) -> str:
+    """The version of the bundle that the stream is said to run with.
+
+    Partitions switch one by one, and one whose worker cannot load a bundle stays behind. Of the bundles that partitions run
+    with now it is the one that was announced last; where announcements do not tell (none of these was announced, or they
+    may not be read), the one of most partitions, and of as many the lowest partition's.
+    Raises TldrError where no partition runs with any yet.
+    """
+    present = _present(view)
+    if len(present) > 1:
+        with contextlib.suppress(MissingRight):
+            told = [one.version for one in announced(connection) if one.stream in ("", view.topics.name)]
+            if known := [version for version in told if version in present]:
+                return known[-1]
+    return present.most_common(1)[0][0]
+
+
+def _present(view: StreamView) -> Counter[str]:
+    """The bundles that partitions run with now, the lowest partition's first. Raises TldrError where there is none yet."""
+    present = Counter(switch.bundle for _, switch in sorted(view.running.items()))
+    if not present:
         raise TldrError(
             f"the stream {view.topics.name} runs with no bundle yet: start a worker, or wait for its first commit"
         )
-    return max(switches, key=lambda switch: switch.epoch).bundle
+    return present
 
 
 def live_bundle(connection: Connection, view: StreamView, given: str | None = None) -> LiveBundle:
-    """The stream's bundle: in the folder `given`, or where it was announced to be, a folder or an fsspec URL.
+    """The stream's bundle (`running_bundle`), where it was announced to be, a folder or an fsspec URL; or the one in the folder
+    `given`, with which some partition runs.
 
     Raises TldrError where it cannot be found or `given` is another one, BundleError for a damaged or unreachable one.
     """
     from models.bundle import read_manifest
     from stream.bundle_fetch import fetch
 
-    running = running_bundle(view)
     if given is not None:
+        present = _present(view)
+        names = " and ".join(version[:12] for version in present)
         if not Path(given).is_dir():
-            raise TldrError(f"there is no bundle at {given}: give the folder of bundle {running[:12]}")
-        version = read_manifest(given).version
-        if not version.startswith(running):
             raise TldrError(
-                f"the stream runs with bundle {running[:12]}, and {given} is {version[:12]}: give --bundle FOLDER of that one"
+                f"there is no bundle at {given}: give the folder of bundle {names.replace(' and ', ' or ')}"
+            )
+        version = read_manifest(given).version
+        if not version.startswith(tuple(present)):
+            raise TldrError(
+                f"the stream runs with bundle {names}, and {given} is {version[:12]}: give --bundle FOLDER of "
+                f"{'that one' if len(present) == 1 else 'one of those'}"
             )
         return open_bundle(Path(given))
+    running = running_bundle(connection, view)
     uris = [one.uri for one in announced(connection) if one.version.startswith(running)]
     if not uris:
         raise TldrError(f"the stream runs with bundle {running[:12]}, which was never announced: give --bundle FOLDER")

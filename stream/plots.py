@@ -163,7 +163,7 @@ def _drift_over_time(seen: ReportDrift) -> str:
         axes.axhline(1, color=INK, linewidth=1, linestyle=(0, (4, 3)))
         axes.axhline(-1, color=INK, linewidth=1, linestyle=(0, (4, 3)))
         axes.set_xlim(0, 1)
-        axes.set_xlabel("share of the epoch's offsets")
+        axes.set_xlabel("share of the offsets since the switch to this bundle")
         axes.set_ylabel("effect ÷ threshold")
         _legend(axes)
 

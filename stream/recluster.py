@@ -325,7 +325,9 @@ def _drifted(options: ReclusterOptions, view: StreamView, live: LiveBundle, resu
     window = drift_window(options.source, view, live)
     result.drift = [s for s in window.look() if s.name in CURED_BY_RECLUSTERING] if window.pairs else []
     if window.pairs < LEAST_PAIRS:
-        result.because = f"{window.pairs:,} pairs of the newest epoch are too few to judge drift by ({LEAST_PAIRS})"
+        result.because = (
+            f"{window.pairs:,} pairs with bundle {live.version[:12]} are too few to judge drift by ({LEAST_PAIRS})"
+        )
         return False
     if missing:
         result.because = f"no baseline of {missing[0]} in this bundle: judged without it"
@@ -333,13 +335,13 @@ def _drifted(options: ReclusterOptions, view: StreamView, live: LiveBundle, resu
 
 
 def drift_window(source: StreamSource, view: StreamView, live: LiveBundle, size: int | None = None) -> DriftWindow:
-    """The newest pairs of the newest epoch as a models.drift.DriftWindow."""
+    """The newest pairs since their partitions switched to this bundle as a models.drift.DriftWindow."""
     from models.drift import WINDOW_PAIRS, DriftWindow
 
     window = DriftWindow(live.baseline, live.clustering, view.settings.tokens, size or WINDOW_PAIRS)
-    epoch = max((part.position.epoch for part in view.partitions.values() if part.position), default=0)
+    epochs = view.epochs_with(live.version)
     for rows in recent_rows(source, view, 2 * window.size):
-        if rows.epoch == epoch:
+        if epochs.get(rows.partition) == rows.epoch:
             window.add(rows.itms, rows.clusters, rows.vectors)
     return window
 

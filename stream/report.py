@@ -28,6 +28,7 @@ from stream.raw_format import RawReader
 from stream.recent_codes import rows_of
 from stream.report_data import ReportData, gather, pictures
 from stream.report_drift import DriftWalk, ReportDrift, drift_of
+from stream.results import ranges
 from stream.rights import check_rights
 from stream.stream_view import StreamSource, StreamView, read_view
 
@@ -86,11 +87,12 @@ def report(options: ReportOptions) -> ReportResult:
     partition_count(source.connection, options.topic)
     view = read_view(source)
     live, no_distances = _live(options, view)
-    epoch = max((part.position.epoch for part in view.partitions.values() if part.position), default=0)
-    walk = DriftWalk(view, epoch, options.seed)
+    bundle = running_bundle(source.connection, view) if live is None else live.version
+    walk = DriftWalk(view, bundle, options.seed)
     data = gather(
         source,
         view,
+        bundle,
         options.topic,
         options.reader,
         options.clusters,
@@ -102,7 +104,7 @@ def report(options: ReportOptions) -> ReportResult:
         _measure(data, live.clustering)
         drift = drift_of(source, view, live, walk)
     sums = sums_of(view)
-    html = _page(options, data, sums, no_distances, drift)
+    html = _page(options, data, sums, bundle, no_distances, drift)
     if len(html) > BYTES_MAX:
         raise TldrError(f"the report would take {len(html):,} bytes, over {BYTES_MAX:,}: give fewer --clusters")
     _write(out, html)
@@ -115,7 +117,7 @@ def report(options: ReportOptions) -> ReportResult:
 
 
 def _live(options: ReportOptions, view: StreamView) -> tuple[LiveBundle | None, str]:
-    """The bundle of the newest epoch, or why there is none. Raises TldrError for a named bundle of another stream."""
+    """The bundle of the stream, or why there is none. Raises TldrError for a named bundle of another stream."""
     from models.errors import ModelError
 
     try:
@@ -146,7 +148,12 @@ def _distance(clustering: Clustering, vectors: Any, clusters: Any) -> float:
 
 
 def _page(
-    options: ReportOptions, data: ReportData, sums: list[Sum], no_distances: str, drift: ReportDrift | None
+    options: ReportOptions,
+    data: ReportData,
+    sums: list[Sum],
+    bundle: str,
+    no_distances: str,
+    drift: ReportDrift | None,
 ) -> bytes:
     from stream import plots
 
@@ -176,13 +183,22 @@ def _page(
         drift=drift,
         drift_charts=[Markup(chart) for chart in plots.drift(drift)] if drift is not None else [],  # noqa: S704
         least_pairs=LEAST_PAIRS,
-        bundle=running_bundle(view),
+        bundle=bundle,
+        runs_with=_runs_with(view),
         no_distances=no_distances,
         made=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=stream.__version__,
         seed=options.seed,
     )
     return html.encode("utf-8", "replace")
+
+
+def _runs_with(view: StreamView) -> list[tuple[str, int, str]]:
+    """(bundle, epoch, partitions) for a person: one where all partitions switched in the same way."""
+    groups: dict[tuple[str, int], list[int]] = {}
+    for p, switch in view.running.items():
+        groups.setdefault((switch.bundle, switch.epoch), []).append(p)
+    return [(bundle, epoch, ranges(numbers)) for (bundle, epoch), numbers in sorted(groups.items())]
 
 
 def _write(out: Path, html: bytes) -> None:

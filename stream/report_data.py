@@ -200,7 +200,7 @@ class ReportData:
     """Everything that a report shows, but for what the view says."""
 
     view: StreamView
-    epoch: int
+    epochs: dict[int, int]  # of the partitions that run with the bundle whose clusters are shown
     clusters: list[ClusterData]
     curves: list[Curve]
     sizes: NDArray[np.int64]  # (clusters, 2) counted and in the set, largest first
@@ -224,6 +224,7 @@ class ReportData:
 def gather(
     source: StreamSource,
     view: StreamView,
+    bundle: str,
     topic: str,
     reader: RawReader,
     clusters: int,
@@ -232,9 +233,10 @@ def gather(
 ) -> ReportData:
     """Walks over pair-codes, the kept pairs, the dead letters, and the raw records that are shown.
 
+    bundle    whose clusters are shown, of the partitions that run with it now
     on_codes  is given each decoded record of pair-codes as it is read
     """
-    data = _begin(view, clusters, seed)
+    data = _begin(view, bundle, clusters, seed)
     dropped, forgotten = _walk_codes(source, data, seed, on_codes)
     _walk_kept(source, data)
     _walk_dead(source, data, forgotten)
@@ -242,14 +244,14 @@ def gather(
     return data
 
 
-def _begin(view: StreamView, clusters: int, seed: int) -> ReportData:
-    """Chooses the clusters of the newest epoch: half of them the largest, the others drawn."""
-    epoch = max((part.position.epoch for part in view.partitions.values() if part.position), default=0)
+def _begin(view: StreamView, bundle: str, clusters: int, seed: int) -> ReportData:
+    """Chooses clusters of the bundle, in the partitions' present epochs: half of them the largest, the others drawn."""
+    epochs = view.epochs_with(bundle)
     counted: Counter[int] = Counter()
     in_set: Counter[int] = Counter()
     cells = []
-    for part in view.partitions.values():
-        for (cell_epoch, cluster), cell in part.cells.items():
+    for p, epoch in epochs.items():
+        for (cell_epoch, cluster), cell in view.partitions[p].cells.items():
             if cell_epoch == epoch:
                 counted[cluster] += cell.counted
                 in_set[cluster] += cell.size
@@ -265,7 +267,7 @@ def _begin(view: StreamView, clusters: int, seed: int) -> ReportData:
     ]
     sizes = np.array([(counted[cluster], in_set[cluster]) for cluster in order], np.int64).reshape(-1, 2)
     curves = [Curve(part.partition, part.begin, part.cut) for part in view.partitions.values()]
-    return ReportData(view, epoch, shown, curves, sizes, float(np.median(cells)) if cells else 0.0)
+    return ReportData(view, epochs, shown, curves, sizes, float(np.median(cells)) if cells else 0.0)
 
 
 def numbers_of(seed: int, partition: int, offsets: NDArray[np.int64]) -> NDArray[np.uint64]:
@@ -360,7 +362,7 @@ class _CodesWalk:
         itms: NDArray[np.float32],
         numbers: NDArray[np.uint64],
     ) -> None:
-        if record["epoch"] != self.data.epoch or not record["tokens"]:
+        if record["epoch"] != self.data.epochs.get(record["partition"]) or not record["tokens"]:
             return
         partition, ids = record["partition"], record["ids"]
         vectors = np.frombuffer(record["vectors"], "<u2").reshape(-1, record["tokens"])
@@ -440,7 +442,7 @@ def _walk_kept(source: StreamSource, data: ReportData) -> None:
                 at = pair["source_timestamp_ms"]
                 low, high = data.source_ms or (at, at)
                 data.source_ms = (min(low, at), max(high, at))
-                if record.epoch == data.epoch and record.cluster in draws:
+                if record.epoch == data.epochs.get(record.partition) and record.cluster in draws:
                     draws[record.cluster].offer(record.key, record.priority, lambda p=pair: _kept_shown(p))  # type: ignore[misc]
             data.itm_original.add(np.array(originals, np.float64))
             data.itm_refined.add(np.array(refined, np.float64))

@@ -24,7 +24,7 @@ STRETCHES_MAX = 24
 
 @dataclass(frozen=True)
 class Stretch:
-    """The signals of the pairs that were read between two shares of each partition's offsets."""
+    """The signals of the pairs that were read between two shares of each partition's offsets in its epoch."""
 
     begin: float
     end: float
@@ -44,10 +44,10 @@ class ReportDrift:
 
 
 class DriftWalk:
-    """Samples the rows of the newest epoch while pair-codes is walked over."""
+    """Samples the rows of each partition's epoch with this bundle while pair-codes is walked over."""
 
-    def __init__(self, view: StreamView, epoch: int, seed: int) -> None:
-        self._view, self._epoch, self._seed = view, epoch, seed
+    def __init__(self, view: StreamView, bundle: str, seed: int) -> None:
+        self._view, self._epochs, self._seed = view, view.epochs_with(bundle), seed
         self._rows: list[tuple[NDArray[np.float64], Rows]] = []
         # pairs below the gate are not counted, but looked at
         looked_at = max(1, view.totals.counted + view.totals.below_gate)
@@ -55,17 +55,17 @@ class DriftWalk:
 
     def add(self, rows: Rows) -> None:
         """Draws of these rows, by a keyed hash of their place."""
-        part = self._view.partitions[rows.partition]
-        if rows.epoch != self._epoch:
+        if self._epochs.get(rows.partition) != rows.epoch:
             return
+        part = self._view.partitions[rows.partition]
         drawn = (numbers_of(self._seed + 1, rows.partition, rows.offsets) <= self._limit) & (rows.offsets < part.cut)
         if drawn.any():
-            begin = max((s.input_offset for s in part.switches.values() if s.epoch == self._epoch), default=part.begin)
+            begin = part.switches[rows.epoch].input_offset
             taken = rows.part(drawn)
             self._rows.append(((taken.offsets - begin) / max(1, part.cut - begin), taken))
 
     def stretches(self, live: LiveBundle) -> list[Stretch]:
-        """As many stretches of the epoch as the sample can tell apart."""
+        """As many stretches of the partitions' epochs as the sample can tell apart."""
         if not self._rows:
             return []
         at = np.concatenate([places for places, _ in self._rows])

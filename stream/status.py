@@ -29,8 +29,9 @@ from state.quota import Ratio
 from stream.arithmetic import Sum, in_the_set, sums_of
 from stream.errors import TldrError, Unavailable
 from stream.kafka import end_offsets, partition_count, partition_counts, start_offsets, topic_id
-from stream.live_bundle import live_bundle, running_bundle
+from stream.live_bundle import live_bundle
 from stream.recent_codes import Rows, rows_of
+from stream.results import ranges
 from stream.rights import check_rights
 from stream.stream_view import (
     ChangelogFollower,
@@ -138,6 +139,7 @@ class StatusReader:
     def __init__(self, source: StreamSource, topic: str, bundle: str | None = None) -> None:
         self._source, self._topic, self._given = source, topic, bundle
         self._judge: _DriftJudge | None = None
+        self._present: frozenset[str] = frozenset()  # the bundles that partitions ran with when it was made
         check_rights(source.connection, "status", raw=topic, stream=source.name)
         self._partitions = partition_count(source.connection, topic)
         self._follower = ChangelogFollower(source)
@@ -152,9 +154,8 @@ class StatusReader:
         """What the stream has committed by now. Raises TldrError if that is nothing, Unavailable without a broker."""
         view = self._follower.advance()
         numbers = list(view.partitions)
-        if self._judge is None or self._judge.version != _running(view):
-            self._judge = _DriftJudge(self._source, view, self._given)
-        self._read_scores(numbers)
+        judge = self._judge_of(view)
+        self._read_scores(numbers, judge)
         self._read_dead_letters(numbers)
         raw = [p for p in numbers if p < self._partitions]
         connection = self._source.connection
@@ -184,7 +185,7 @@ class StatusReader:
             adds_up=all(one.holds for one in sums),
             dead_by_reason=dict(self._reasons.most_common()),
             dead_looked_at=self._reasons.total(),
-            drift=self._judge.look(),
+            drift=judge.look(),
             open_transactions=self._open_transactions(numbers, raw),
             notes=self._notes(view, starts),
         )
@@ -207,7 +208,18 @@ class StatusReader:
             committed_ms=position.wall_clock_ms if position else None,
         )
 
-    def _read_scores(self, numbers: list[int]) -> None:
+    def _judge_of(self, view: StreamView) -> _DriftJudge:
+        """Another judge once the stream runs with another bundle; until then its window stays, whoever switches."""
+        present = frozenset(switch.bundle for switch in view.running.values())
+        if self._judge is None or present != self._present:
+            judge = _DriftJudge(self._source, view, self._given)
+            if self._judge is None or judge.version is None or judge.version != self._judge.version:
+                self._judge = judge
+            self._present = present
+        self._judge.follow(view)
+        return self._judge
+
+    def _read_scores(self, numbers: list[int], judge: _DriftJudge) -> None:
         topic = self._source.topics.codes
         ends = self._ends(topic, numbers)
         starts = start_offsets(self._source.connection, topic, ends)
@@ -217,8 +229,7 @@ class StatusReader:
                 scores = self._itms.setdefault(message.partition(), deque(maxlen=ITM_ROWS))
                 rows = rows_of(decoded(self._codes, message))
                 scores.extend(rows.itms[~np.isnan(rows.itms)].tolist())
-                if self._judge is not None:
-                    self._judge.take(rows)
+                judge.take(rows)
         self._codes_next.update(ends)
 
     def _read_dead_letters(self, numbers: list[int]) -> None:
@@ -303,8 +314,8 @@ class _DriftJudge:
     """The newest pairs against the baselines of one bundle; or why they cannot be judged."""
 
     def __init__(self, source: StreamSource, view: StreamView, given: str | None) -> None:
-        self.version = _running(view)
-        self._epoch = max((part.position.epoch for part in view.partitions.values() if part.position), default=0)
+        self.version: str | None = None
+        self._epochs: dict[int, int] = {}
         self._window: DriftWindow | None = None
         self._reason: str | None = None
         try:
@@ -314,25 +325,23 @@ class _DriftJudge:
                 raise
             self._reason = str(error)
             return
+        self.version = live.version
         self._window = DriftWindow(live.baseline, live.clustering, view.settings.tokens)
         if live.baseline.missing:
             self._reason = f"no baseline in this bundle of {', '.join(live.baseline.missing)}"
 
+    def follow(self, view: StreamView) -> None:
+        """From now on, takes the rows of the epochs in which partitions run with this bundle."""
+        self._epochs = {} if self.version is None else view.epochs_with(self.version)
+
     def take(self, rows: Rows) -> None:
-        if self._window is not None and rows.epoch == self._epoch and len(rows.clusters):
+        if self._window is not None and self._epochs.get(rows.partition) == rows.epoch and len(rows.clusters):
             self._window.add(rows.itms, rows.clusters, rows.vectors)
 
     def look(self) -> DriftStatus:
         if self._window is None or not self._window.pairs:
             return DriftStatus(reason=self._reason)
         return DriftStatus(self._window.pairs, self._window.look(), self._reason)
-
-
-def _running(view: StreamView) -> str | None:
-    try:
-        return running_bundle(view)
-    except TldrError:
-        return None
 
 
 def _figures(lag: int, totals: Totals, cells: int, scores: list[float]) -> Figures:
@@ -445,7 +454,7 @@ def _workers(status: StreamStatus) -> list[str]:
             groups.setdefault((part.instance, part.bundle or "?", part.epoch), []).append(part)
     lines = []
     for (instance, bundle, epoch), parts in sorted(groups.items()):
-        numbers = _ranges([part.partition for part in parts])
+        numbers = ranges([part.partition for part in parts])
         newest = max(part.committed_ms or 0 for part in parts)
         age = _age(status.at_ms - newest)
         lines.append(f"{instance}: bundle {bundle[:12]}, epoch {epoch}, partitions {numbers}, committed {age} ago")
@@ -478,17 +487,6 @@ def _drift(drift: DriftStatus) -> list[Text]:
     if drift.reason:
         lines.append(Text(f"{'  ' if drift.pairs else 'drift is not judged: '}{drift.reason}"))
     return lines
-
-
-def _ranges(numbers: list[int]) -> str:
-    """0-3, 7"""
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
 def _number(value: int) -> str:

@@ -202,6 +202,19 @@ class StreamView:
         return {p: view.cut for p, view in self.partitions.items()}
 
     @property
+    def running(self) -> dict[int, Switch]:
+        """The newest switch of each partition that has one: the epoch that it is in, and the bundle that it runs with."""
+        return {p: part.switches[max(part.switches)] for p, part in self.partitions.items() if part.switches}
+
+    def epochs_with(self, bundle: str) -> dict[int, int]:
+        """The present epoch of each partition that runs with this bundle.
+
+        A partition counts its own switches: one that passed over a bundle is in another epoch than its neighbours, with the
+        same bundle, for good. So what is asked of a bundle is asked of (partition, epoch), never of an epoch's number alone.
+        """
+        return {p: switch.epoch for p, switch in self.running.items() if switch.bundle == bundle}
+
+    @property
     def totals(self) -> Totals:
         """The sum over all partitions."""
         return Totals(*map(sum, zip(*(view.totals for view in self.partitions.values()), strict=True)))

@@ -29,7 +29,7 @@ from stream.assignment import Assignment, Restore
 from stream.broker_errors import refuses_entry, says_fenced
 from stream.bundle_switch import BundleSwitch
 from stream.dead_share import DeadShare
-from stream.drift_watch import DriftWatch
+from stream.drift_watch import DriftWatch, watched
 from stream.errors import Fenced, Stopped, TldrError, Unavailable
 from stream.intake import Intake
 from stream.logs import at, offsets_of, place
@@ -529,10 +529,10 @@ class Worker:
         self._watch_drift(effects.codes.values())
 
     def _watch_drift(self, committed: Iterable[CodesColumns] = ()) -> None:
-        """By the bundle of the newest epoch; now and then without anything new, so that an idle stream's last pairs show."""
-        newest = max(self.assignment.running.values(), key=lambda partition: partition.epoch, default=None)
-        if newest is not None:
-            self._drift.take(committed, self.using.model_of(newest))
+        """Now and then without anything new, so that an idle stream's last pairs show."""
+        partition = watched(self.assignment.running.values(), self._switch.target.version)
+        if partition is not None:
+            self._drift.take(committed, self.using.model_of(partition))
 
     def _update_gauges(self) -> None:
         now = self._clock()

@@ -182,8 +182,9 @@ class StreamWriter:
         newest: PairModel,
         pairs: Sequence[Mapping[str, Any] | str],
         straight: Iterable[int] = (0,),
+        stays: Iterable[int] = (),
     ) -> Self:
-        """Partitions come to `newest` in two ways: straight (its epoch is 1 there), or over `between` (2).
+        """Partitions come to `newest` in two ways: straight (its epoch is 1 there), or over `between` (2), in which some stay.
 
         A third of the pairs comes before the first switch, between the two, and after the second.
         """
@@ -191,7 +192,7 @@ class StreamWriter:
         self.feed(pairs[:third]).run()
         self.switch(between, self.live.keys() - set(straight))
         self.feed(pairs[third : 2 * third]).run()
-        self.switch(newest)
+        self.switch(newest, self.live.keys() - set(stays))
         return self.feed(pairs[2 * third :]).run()
 
     def _wait_for_markers(self) -> None:

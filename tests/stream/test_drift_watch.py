@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from models.clustering import fit
 from models.drift import CODES, ERROR, ITM, LEAST_PAIRS, OCCUPANCY, WINDOW_PAIRS, Baseline, error_baseline
 from models.null import NullModel
-from stream.drift_watch import LOOK_EVERY_S, ROWS_A_COMMIT, DriftWatch
+from state.partition import Partition
+from state.partition_store import PartitionStore
+from state.quota import Ratio
+from state.settings import StreamSettings
+from stream.drift_watch import LOOK_EVERY_S, ROWS_A_COMMIT, DriftWatch, watched
 from stream.metrics import Metrics
 from stream.reduce import CodesColumns, CodesRows
 
@@ -129,6 +135,21 @@ def test_an_alarm_of_the_bundle_before_does_not_outlive_the_switch(clock: list[f
 
     assert [shown(metrics, what, CODES) for what in ("alarm", "effect", "p_value")] == [None, None, None]
     assert metrics.registry.get_sample_value("tldr_drift_window_pairs") == 0
+
+
+def test_drift_is_watched_by_the_newest_bundle_though_another_partition_has_switched_more_often(tmp_path: Path) -> None:
+    settings = StreamSettings(2, "id", 1, Ratio(1, 2), None, None, None, "paper", "space", TOKENS)
+    with PartitionStore(tmp_path / "0") as one, PartitionStore(tmp_path / "1") as two:
+        behind, newest = Partition(one, settings, 0), Partition(two, settings, 1)
+        for partition, bundles in ((behind, ("first", "second", "first again")), (newest, ("first", "third"))):
+            partition.next_offset = 0
+            for bundle in bundles:
+                partition.adopt(bundle, "space", 0)
+        assert behind.epoch > newest.epoch
+
+        assert watched([behind, newest], "third") is newest
+        assert watched([behind, newest], "fourth") is behind  # nobody has switched to it yet
+        assert watched([], "third") is None
 
 
 def test_a_model_without_baselines_has_no_drift(clock: list[float]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from models.bundle import load_model, read_manifest, write_bundle
 from models.drift import ERROR, ITM, OCCUPANCY, SIGNALS, Baseline
 from models.loaded import LoadedModel
 from state.changelog import decode_entry
+from state.partition import Fate
 from stream.broker import LocalBroker
 from stream.bundles import announce, announce_folder, announced
 from stream.cli import app
@@ -23,11 +25,14 @@ from stream.kafka import Connection
 from stream.live_bundle import live_bundle, open_bundle
 from stream.pair_sources import BadEntry, SourcePair, open_source
 from stream.raw_format import raw_reader
-from stream.recent_codes import Rows, Sample, recent_rows
+from stream.recent_codes import Rows, Sample, recent_rows, rows_of
 from stream.recluster import NOTHING_TO_DO, ReclusterOptions, drift_window, recluster
 from stream.report import ReportOptions, report
+from stream.report_data import gather
+from stream.report_drift import DriftWalk
 from stream.status import StatusReader
-from stream.stream_view import read_view
+from stream.stream_view import CodesRow, read_codes, read_view, whole
+from tests.stream.other_bundle import bundle_with_other_centroids
 from tests.stream.stream_writer import StreamWriter
 
 ROOT = Path(__file__).parents[2]
@@ -279,3 +284,66 @@ def test_the_report_shows_the_window_against_the_baseline_and_each_signal_over_t
     for chart in ("drift-itm", "drift-clusters", "drift-time"):
         assert f'id="{chart}-' in text
     assert "median ITM" in text and "are in other clusters than before" in text
+
+
+# -- partitions that have come to their bundle in different ways -------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def apart(broker: LocalBroker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+    """Epoch 1 has the newest bundle in partition 0 and another one in the partitions 1 and 2; that one stays in 2."""
+    folder, kafka = tmp_path_factory.mktemp("apart"), Connection(broker.bootstrap_servers)
+    folders = [BUNDLE, *(bundle_with_other_centroids(folder / f"bundle-{seed}", seed) for seed in (1, 2))]
+    first, between, newest = (load_model(one, "cpu") for one in folders)
+    assert isinstance(newest, LoadedModel)
+    records = [record_of(p) for p in open_source(SHARD) if not isinstance(p, BadEntry)]
+    with StreamWriter(kafka, "apart", folder, 3, model=first, batch=100) as writer:  # type: ignore[arg-type]
+        for one in folders:
+            announce_folder(kafka, one, "apart")
+        writer.switch_apart(between, newest, records, stays=(2,))
+        yield Made(writer, newest, kafka)
+
+
+def rows_with(made: Made) -> list[CodesRow]:
+    """The rows that the newest bundle gave a cluster, by what each says of itself."""
+    source, view = made.writer.source, read_view(made.writer.source)
+    rows = read_codes(source, whole(made.kafka, source.topics.codes, range(3)), below=view.cut)
+    found = [row for row in rows if row.bundle == made.model.version and row.vector is not None]
+    assert {(row.partition, row.epoch) for row in found} == {(0, 1), (1, 2)}
+    return found
+
+
+def test_drift_is_judged_by_all_pairs_of_the_newest_bundle_whatever_the_number_of_their_epoch(apart: Made) -> None:
+    view = read_view(apart.writer.source)
+    live = live_bundle(apart.kafka, view)
+    status = StatusReader(apart.writer.source, apart.writer.name).read()
+
+    window = drift_window(apart.writer.source, view, live)
+
+    rows = rows_with(apart)
+    assert live.version == apart.model.version
+    assert sorted(window.itms.tolist()) == sorted(row.itm for row in rows)
+    assert status.drift.pairs == window.pairs
+    assert [one.effect for one in status.drift.signals] == pytest.approx([one.effect for one in window.look()])
+
+
+def test_a_report_shows_the_clusters_and_the_drift_of_the_newest_bundle_in_all_partitions_that_run_with_it(
+    apart: Made, tmp_path: Path
+) -> None:
+    source, view = apart.writer.source, read_view(apart.writer.source)
+    live, rows = live_bundle(apart.kafka, view), rows_with(apart)
+    walk = DriftWalk(view, live.version, 0)
+    data = gather(
+        source, view, live.version, apart.writer.name, raw_reader(), 16, 0, lambda codes: walk.add(rows_of(codes))
+    )
+    report(ReportOptions(source, apart.writer.name, tmp_path / "report.html", raw_reader()))
+
+    counted = Counter(row.cluster for row in rows)
+    assert {shown.cluster: shown.counted for shown in data.clusters} == counted
+    kept = {row.id for row in rows if row.fate == Fate.KEPT}
+    assert {pair.id for shown in data.clusters for pair in shown.kept} <= kept
+    assert sum(len(vectors) for vectors in data.vectors.values()) == len(rows)
+    (stretch,) = walk.stretches(live)
+    assert {signal.pairs for signal in stretch.signals} == {len(rows)}
+    page = (tmp_path / "report.html").read_text()
+    assert f"{apart.model.version}, epoch 1 in partition 0, epoch 2 in partition 1; partition 2 runs with" in page

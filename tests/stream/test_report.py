@@ -21,6 +21,7 @@ from models.clustering import Clustering
 from stream.broker import LocalBroker
 from stream.errors import TldrError
 from stream.kafka import Connection
+from stream.live_bundle import running_bundle
 from stream.raw_format import raw_reader
 from stream.report import ReportOptions, ReportResult, _measure, report
 from stream.report_data import CURVE_BINS, Draw, ReportData, gather
@@ -53,7 +54,8 @@ def data(small: SmallStream) -> ReportData:
 
 
 def gathered(small: SmallStream, seed: int = 0) -> ReportData:
-    return gather(small.source, read_view(small.source), small.topic, raw_reader(), 4, seed)
+    view = read_view(small.source)
+    return gather(small.source, view, running_bundle(small.kafka, view), small.topic, raw_reader(), 4, seed)
 
 
 @pytest.fixture(scope="module")
