@@ -18,6 +18,7 @@ from models.loaded import LoadedModel
 from state.changelog import decode_entry
 from state.partition import Fate
 from stream.broker import LocalBroker
+from stream.bundle_list import list_bundles
 from stream.bundles import announce, announce_folder, announced
 from stream.cli import app
 from stream.errors import TldrError
@@ -325,6 +326,17 @@ def test_drift_is_judged_by_all_pairs_of_the_newest_bundle_whatever_the_number_o
     assert sorted(window.itms.tolist()) == sorted(row.itm for row in rows)
     assert status.drift.pairs == window.pairs
     assert [one.effect for one in status.drift.signals] == pytest.approx([one.effect for one in window.look()])
+
+
+def test_the_list_of_bundles_says_in_which_epoch_each_partition_runs_with_one(apart: Made) -> None:
+    view = read_view(apart.writer.source)
+
+    listed = list_bundles(apart.kafka, apart.writer.source).bundles
+
+    uses = {(p, use.epoch): one.version for one in listed for use in one.uses for p in use.begins}
+    assert uses == {(p, epoch): s.bundle for p, part in view.partitions.items() for epoch, s in part.switches.items()}
+    now = {one.version: sorted(p for use in one.uses for p in use.now) for one in listed if one.uses}
+    assert [sorted(now[view.running[p].bundle]) for p in range(3)] == [[0, 1], [0, 1], [2]]
 
 
 def test_a_report_shows_the_clusters_and_the_drift_of_the_newest_bundle_in_all_partitions_that_run_with_it(
