@@ -223,6 +223,18 @@ class DriftWindow:
         return self._clusters[: self.pairs]
 
     @property
+    def vectors(self) -> NDArray[np.uint16]:
+        """(n, L) the index vectors in the window."""
+        return self._vectors[: self.pairs]
+
+    @property
+    def errors(self) -> Floats:
+        """(n,) the quantisation errors in the window."""
+        new = np.flatnonzero(np.isnan(self._errors[: self.pairs]))
+        self._errors[new] = self._clustering.errors(self._vectors[new], self._clusters[new])
+        return self._errors[: self.pairs]
+
+    @property
     def due(self) -> bool:
         """Whether there are enough pairs, and enough new ones, for a look."""
         return self.pairs >= min(LEAST_PAIRS, self.size) and self.fresh >= self.size // LOOKS_A_WINDOW
@@ -230,10 +242,7 @@ class DriftWindow:
     def look(self) -> list[Signal]:
         """The signals of the window as it is now."""
         self.fresh = 0
-        n = self.pairs
-        new = np.flatnonzero(np.isnan(self._errors[:n]))
-        self._errors[new] = self._clustering.errors(self._vectors[new], self._clusters[new])
-        return signals(self.baseline, self._itms[:n], self._clusters[:n], self._vectors[:n], self._errors[:n])
+        return signals(self.baseline, self.itms, self.clusters, self.vectors, self.errors)
 
 
 # -- tests -------------------------------------------------------------------------------------------------------------

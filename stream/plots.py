@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stream.report_data import ITM_BINS, Curve, Histogram
-from stream.report_drift import ReportDrift
+from stream.report_drift import ReportDrift, error_shares
 
 # Each stands for a custom property of the page's style (templates/report.html): SVG in a page may use those.
 INK, FAINT, SOFT, ACCENT = "#010101", "#020202", "#030303", "#040404"
@@ -24,6 +25,9 @@ PROPERTIES = {
 }
 PARTITIONS_DRAWN = len(LINES)
 BARS_MAX = 120
+CODES_SHOWN = 12
+KEYWORD_CHARACTERS = 24
+ERROR_UNIT = 0.1  # of the baseline's mean
 WIDTH_IN, HEIGHT_IN = 8.6, 2.9
 
 
@@ -103,8 +107,16 @@ def itm(raw: Histogram, original: Histogram, refined: Histogram) -> str:
 
 
 def drift(seen: ReportDrift) -> list[str]:
-    """The newest pairs against the bundle's baselines (ITM, clusters), and each signal over time in units of its threshold."""
-    return [chart for chart in (_drift_itm(seen), _drift_clusters(seen), _drift_over_time(seen)) if chart]
+    """The newest pairs against each of the bundle's baselines, and each signal over time in units of its threshold."""
+    charts = (
+        _drift_itm(seen),
+        _drift_clusters(seen),
+        _drift_codes(seen),
+        _drift_changed_codes(seen),
+        _drift_errors(seen),
+        _drift_over_time(seen),
+    )
+    return [chart for chart in charts if chart]
 
 
 def _drift_itm(seen: ReportDrift) -> str:
@@ -150,6 +162,78 @@ def _drift_clusters(seen: ReportDrift) -> str:
     return _svg("drift-clusters", "Pairs of each cluster against the baseline", draw)
 
 
+def _drift_codes(seen: ReportDrift) -> str:
+    baseline = seen.baseline.codes
+    if baseline is None or not seen.codes.sum() or not baseline.sum():
+        return ""
+    together = -(-len(baseline) // BARS_MAX)  # codes in a bar
+
+    def draw(axes: Any) -> None:
+        order = np.argsort(-baseline, kind="stable")
+        starts = np.arange(0, len(order), together)
+        edges = np.append(starts, len(order)) + 0.5
+        before = np.add.reduceat((baseline / baseline.sum())[order], starts)
+        now = np.add.reduceat((seen.codes / seen.codes.sum())[order], starts)
+        axes.stairs(before, edges, color=SOFT, fill=True, linewidth=0, label="baseline of the bundle")
+        axes.stairs(now, edges, color=ACCENT, linewidth=1.2, label="newest pairs")
+        axes.margins(x=0.01)
+        several = f", {together} in a bar" if together > 1 else ""
+        axes.set_xlabel(f"codes, the most used of the baseline first{several}")
+        _shares(axes, "share of tokens")
+
+    return _svg("drift-codes", "Uses of the codes against the baseline", draw)
+
+
+def _drift_changed_codes(seen: ReportDrift) -> str:
+    baseline = seen.baseline.codes
+    if baseline is None or not seen.codes.sum() or not baseline.sum():
+        return ""
+    before, now = baseline / baseline.sum(), seen.codes / seen.codes.sum()
+    most = np.argsort(-np.abs(now - before), kind="stable")[:CODES_SHOWN]
+    most = most[now[most] != before[most]]
+
+    def draw(axes: Any) -> None:
+        y = np.arange(len(most))
+        axes.barh(y - 0.2, before[most], 0.4, color=SOFT, label="baseline of the bundle")
+        axes.barh(y + 0.2, now[most], 0.4, color=ACCENT, label="newest pairs")
+        axes.set_yticks(y, [_code_name(code, seen.keywords) for code in most.tolist()], parse_math=False)
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.grid(axis="x", visible=True)
+        axes.set_xlabel(f"share of tokens, of the {len(most)} codes that changed most")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
+        _legend(axes)
+
+    height_in = 1.0 + 0.3 * len(most)
+    return _svg("drift-changed-codes", "The codes whose use changed most", draw, height_in) if len(most) else ""
+
+
+def _code_name(code: int, keywords: list[str]) -> str:
+    keyword = keywords[code] if code < len(keywords) else ""
+    return f"{keyword[:KEYWORD_CHARACTERS]} ({code})" if keyword else f"code {code}"
+
+
+def _drift_errors(seen: ReportDrift) -> str:
+    """Densities, since the baseline's bins hold as many pairs each and so differ in width; one mean of the baseline is 1."""
+    found, mean = error_shares(seen.baseline, seen.errors), seen.baseline.error_mean
+    if found is None or not mean:
+        return ""
+    edges, before, now = found
+    x = edges / mean
+    widths = np.diff(x) / ERROR_UNIT
+
+    def draw(axes: Any) -> None:
+        axes.stairs(before / widths, x, color=SOFT, fill=True, linewidth=0, label="baseline of the bundle")
+        axes.stairs(now / widths, x, color=ACCENT, linewidth=1.6, label="newest pairs")
+        for at, colour in ((1.0, INK), (float(seen.errors.mean()) / mean, ACCENT)):
+            axes.axvline(at, color=colour, linewidth=1, linestyle=(0, (4, 3)))
+        axes.set_xlim(0, float(x[-1]) * 1.01)
+        axes.set_xlabel("squared distance to the own centroid ÷ the baseline's mean")
+        _shares(axes, f"share of pairs in each {ERROR_UNIT}")
+
+    return _svg("drift-errors", "Quantisation errors of the newest pairs against the baseline", draw)
+
+
 def _drift_over_time(seen: ReportDrift) -> str:
     if not seen.stretches:
         return ""
@@ -172,7 +256,7 @@ def _drift_over_time(seen: ReportDrift) -> str:
 
 def _shares(axes: Any, label: str) -> None:
     axes.set_ylabel(label)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
     _legend(axes)
 
 
@@ -197,7 +281,7 @@ def _largest(curve: Curve) -> float:
     return float((curve.kept[some] / curve.counted[some]).max(initial=0.0))
 
 
-def _svg(name: str, description: str, draw: Callable[[Any], None]) -> str:
+def _svg(name: str, description: str, draw: Callable[[Any], None], height_in: float = HEIGHT_IN) -> str:
     """An SVG element without a size of its own, its text left as text. `name` keeps the ids of several apart."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -222,8 +306,10 @@ def _svg(name: str, description: str, draw: Callable[[Any], None]) -> str:
         "xtick.labelcolor": INK,
         "ytick.labelcolor": INK,
     }
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), layout="constrained")
+    with mpl.rc_context(style), warnings.catch_warnings():
+        # The text stays text: it is the reader's fonts that must have the letters.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure.subplots())
         out = io.StringIO()

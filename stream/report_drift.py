@@ -20,6 +20,7 @@ from stream.stream_view import StreamSource, StreamView
 
 SAMPLE_PAIRS = 20_000
 STRETCHES_MAX = 24
+BINS_BEYOND_MAX = 60
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,20 @@ class Stretch:
 
 @dataclass
 class ReportDrift:
-    """baseline and window  histograms of the same bins, None where the bundle has no baseline."""
+    """The newest pairs beside the baselines, each of which is None where the bundle has none.
+
+    itm, occupancy  pairs of each bin and cluster; codes  uses of each code; errors  (n,) quantisation errors
+    keywords        that the codes started from; empty where the bundle does not say
+    """
 
     baseline: Baseline
     signals: list[Signal]
     pairs: int
     itm: NDArray[np.int64]
     occupancy: NDArray[np.int64]
+    codes: NDArray[np.int64]
+    errors: NDArray[np.float64]
+    keywords: list[str]
     stretches: list[Stretch] = field(default_factory=list)
 
 
@@ -85,6 +93,30 @@ class DriftWalk:
         return found
 
 
+def error_shares(
+    baseline: Baseline, errors: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]] | None:
+    """Edges of bins, and the shares of the baseline's and of these errors between them; None where there is no baseline.
+
+    The bins are the baseline's, from its least error to its largest: of what lies between its quantiles a bundle says no
+    more. Errors beyond have bins of their own, as wide as the others are on average.
+    """
+    edges, counts = baseline.error_edges, baseline.error_counts
+    if edges is None or counts is None or len(edges) != len(counts) + 1 or not counts.sum() or not len(errors):
+        return None
+    step = (edges[-1] - edges[0]) / len(counts)
+    below = _bins(min(float(errors.min()), edges[0]), edges[0], step)
+    above = _bins(edges[-1], max(float(errors.max()), edges[-1]), step)
+    wider = np.concatenate([below[:-1], edges, above[1:]])
+    before = np.zeros(len(wider) - 1)
+    before[len(below) - 1 :][: len(counts)] = counts / counts.sum()
+    return wider, before, np.histogram(errors, wider)[0] / len(errors)
+
+
+def _bins(begin: float, end: float, step: float) -> NDArray[np.float64]:
+    return np.linspace(begin, end, min(BINS_BEYOND_MAX, int(np.ceil((end - begin) / step))) + 1)
+
+
 def drift_of(source: StreamSource, view: StreamView, live: LiveBundle, walk: DriftWalk) -> ReportDrift:
     """The newest pairs, and the stretches of the walk."""
     window = drift_window(source, view, live)
@@ -95,5 +127,8 @@ def drift_of(source: StreamSource, view: StreamView, live: LiveBundle, walk: Dri
         window.pairs,
         np.histogram(window.itms, bins, (0.0, 1.0))[0],
         np.bincount(window.clusters, minlength=len(live.clustering.centroids)),
+        np.bincount(window.vectors.ravel(), minlength=0 if live.baseline.codes is None else len(live.baseline.codes)),
+        window.errors,
+        list(live.manifest.data.get("keywords", [])),
         walk.stretches(live),
     )

@@ -282,7 +282,7 @@ def test_the_report_shows_the_window_against_the_baseline_and_each_signal_over_t
 
     text = out.read_text()
     assert "Has the data drifted?" in text
-    for chart in ("drift-itm", "drift-clusters", "drift-time"):
+    for chart in ("drift-itm", "drift-clusters", "drift-codes", "drift-changed-codes", "drift-time"):
         assert f'id="{chart}-' in text
     assert "median ITM" in text and "are in other clusters than before" in text
 

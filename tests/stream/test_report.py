@@ -18,13 +18,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from models.clustering import Clustering
+from models.drift import ERROR_BINS, SIGNALS, Baseline, Signal, error_baseline
 from stream.broker import LocalBroker
 from stream.errors import TldrError
 from stream.kafka import Connection
 from stream.live_bundle import running_bundle
+from stream.plots import drift
 from stream.raw_format import raw_reader
 from stream.report import ReportOptions, ReportResult, _measure, report
 from stream.report_data import CURVE_BINS, Draw, ReportData, gather
+from stream.report_drift import ReportDrift, Stretch, error_shares
 from stream.status import StatusReader
 from stream.stream_view import StreamSource, read_view
 from stream.thumbnails import SIDE, thumbnail
@@ -251,3 +254,50 @@ def test_distances_are_those_of_the_vectors_to_their_centroids(data: ReportData)
     _measure(made, clustering)
 
     assert [shown.distance for shown in made.clusters] == [5 / 7.5, 10 / 7.5]
+
+
+@given(
+    st.lists(st.floats(0.1, 1e4), min_size=ERROR_BINS, unique=True),
+    st.lists(st.floats(0, 1e6), min_size=1, max_size=50),
+)
+def test_every_error_has_its_place_beside_the_baselines_quantiles(known: list[float], seen: list[float]) -> None:
+    told = error_baseline(np.array(known))
+    assert told is not None
+    found = error_shares(Baseline.of({"baselines": {"quantisation_error": told}}), np.array(seen))
+
+    assert found is not None
+    edges, before, now = found
+    assert before.sum() == pytest.approx(1)
+    assert now.sum() == pytest.approx(1)
+    assert (np.diff(edges) > 0).all()
+    inside = np.searchsorted(edges, told["edges"])
+    assert edges[inside].tolist() == told["edges"]
+    assert before[inside[0] : inside[-1]].sum() == pytest.approx(1)
+
+
+def test_each_baseline_of_a_bundle_is_drawn_beside_the_newest_pairs_and_no_keyword_is_taken_for_markup() -> None:
+    rng = np.random.default_rng(0)
+    told = {
+        "itm_histogram": [1] * 20,
+        "cluster_occupancy": [30, 20, 10],
+        "code_usage": rng.integers(1, 90, 1000).tolist(),
+        "quantisation_error": error_baseline(rng.gamma(3, 2, 600)),
+    }
+    codes = rng.integers(0, 90, 1000)
+    codes[7] = 9000
+    keywords = ["$x_2^3$ <b>&猫" if code == 7 else "" for code in range(1000)]
+    signals = [Signal(name, 600, 0.1, 0.2, 1.0, False, "") for name in SIGNALS]
+    whole = ReportDrift(
+        Baseline.of({"baselines": told}), signals, 600, np.arange(20), np.array([1, 2, 3]), codes,
+        rng.gamma(4, 2, 600), keywords, [Stretch(0, 1, signals)],
+    )  # fmt: skip
+
+    charts = "".join(drift(whole))
+
+    names = ("itm", "clusters", "codes", "changed-codes", "errors", "time")
+    assert [name for name in names if f'id="drift-{name}-' in charts] == list(names)
+    assert "$x_2^3$ &lt;b&gt;&amp;猫 (7)" in charts
+    assert "codes, the most used of the baseline first, 9 in a bar" in charts
+    without = {k: v for k, v in told.items() if k in ("itm_histogram", "cluster_occupancy")}
+    fewer = "".join(drift(dataclasses.replace(whole, baseline=Baseline.of({"baselines": without}))))
+    assert [name for name in names if f'id="drift-{name}-' in fewer] == ["itm", "clusters", "time"]
