@@ -15,7 +15,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, wait
 
 from models.model import PairModel
 from state.errors import StateError, StoreClosed
@@ -42,30 +41,6 @@ Load = Callable[[Announcement, Cancelled], PairModel]
 
 class BundleMissing(Exception):
     """The bundle that a partition runs with cannot be loaded here now, and no newer one either."""
-
-
-class _Loading:
-    """A bundle on its way, in a thread that nobody has to wait for: the place that it comes from may hang."""
-
-    def __init__(self, load: Load, announcement: Announcement) -> None:
-        self.outcome: Future[PairModel] = Future()
-        self._given_up = threading.Event()
-        threading.Thread(target=self._run, args=(load, announcement), name="bundle", daemon=True).start()
-
-    def ended(self, cancelled: Cancelled) -> bool:
-        """Waits until it has; False: the caller is no longer wanted, and it is told to give up."""
-        while not self.outcome.done():
-            if cancelled():
-                self._given_up.set()
-                return False
-            wait([self.outcome], LOOK_UP_S)
-        return True
-
-    def _run(self, load: Load, announcement: Announcement) -> None:
-        try:
-            self.outcome.set_result(load(announcement, self._given_up.is_set))
-        except BaseException as error:
-            self.outcome.set_exception(error)
 
 
 class BundleSwitch:
@@ -110,7 +85,6 @@ class BundleSwitch:
         self._place: dict[str, int] = {}  # version → its place in the order of the announcements
         self._one_at_a_time = threading.Lock()
         self._looking = threading.Lock()
-        self._loading: _Loading | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="bundles", daemon=True)
 
@@ -336,18 +310,13 @@ class BundleSwitch:
         before, again_at = self._failed.get(version, ("", 0.0))
         if time.monotonic() < again_at:
             return None
-        # One that was given up comes to its end before the next begins: both write to the same folder.
-        if self._loading is not None and not self._loading.ended(cancelled):
-            return None
-        loading = self._loading = _Loading(self._load, announcement)
-        if not loading.ended(cancelled):
-            return None
-        self._loading = None
         try:
-            model = loading.outcome.result()
+            model = self._load(announcement, cancelled)
             if (model.version, model.space) != (version, self.base.space):
                 raise TldrError(f"{announcement.uri} holds bundle {model.version[:12]}: announce it again")
         except Exception as error:  # whatever is wrong with it, the live one can go on
+            if cancelled():
+                return None
             why = " ".join(str(error).split())
             self._failed[version] = why, time.monotonic() + TRY_AGAIN_AFTER_S
             if why != before:

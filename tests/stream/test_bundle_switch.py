@@ -47,7 +47,9 @@ class Worker:
     def load(self, announcement: Announcement, cancelled: Cancelled) -> PairModel:
         self.loads.append(announcement.uri)
         if announcement.uri in self.arrives:
-            assert self.arrives[announcement.uri].wait(30)
+            while not self.arrives[announcement.uri].wait(0.05):
+                if cancelled():
+                    raise BundleError("given up")
         if announcement.uri in self.missing:
             raise BundleError(f"{announcement.uri} is cut off")
         if announcement.uri in self.broken:
