@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import re
-import shutil
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
 
-from models.errors import BundleError, ModelError
+from models.errors import ModelError
 from models.model import PairModel
 from state.directory import StateDirectory
 from state.errors import SettingsDiffer, StateError
@@ -30,7 +29,7 @@ from state.quota import Ratio
 from state.settings import StreamSettings, rule_named
 from stream.allocator import bound_heaps
 from stream.broker_errors import Course, course_of, lacks_right
-from stream.bundle_fetch import fetch, prune
+from stream.bundle_fetch import fetch, never, prune
 from stream.bundle_switch import BundleSwitch
 from stream.bundles import NULL, Announced, Announcement, find_bundle, fitting_for
 from stream.dead_share import DEFAULT_LIMIT, NO_LIMIT, DeadShare, Stretch, recent_dead
@@ -289,13 +288,13 @@ def _load(options: ConsumeOptions, candidates: list[Announcement], cache: Path) 
     for announcement in reversed(candidates):
         try:
             return load_model(_fetched(announcement, cache), options.device, blip=options.blip)
-        except (ModelError, TldrError) as error:
+        except (ModelError, TldrError, OSError) as error:
             log.warning("bundle %s cannot be loaded: %s", announcement.version[:12], error)
             first = first or error
     raise first or TldrError("no bundle was announced")
 
 
-def _fetched(announcement: Announcement, cache: Path, beside: Sequence[Path] = ()) -> Path:
+def _fetched(announcement: Announcement, cache: Path, cancelled: Callable[[], bool] = never) -> Path:
     if (
         "://" not in announcement.uri
         and not Path(announcement.uri).is_dir()
@@ -305,7 +304,7 @@ def _fetched(announcement: Announcement, cache: Path, beside: Sequence[Path] = (
             f"the announced bundle {announcement.version[:12]} lies at {announcement.uri}, which is not on this machine: "
             "copy it here and give --bundle FOLDER, or announce it at a URL"
         )
-    return fetch(announcement.uri, announcement.version, cache, beside)
+    return fetch(announcement.uri, announcement.version, cache, cancelled=cancelled)
 
 
 def _beside(
@@ -318,12 +317,7 @@ def _beside(
         return NullModel.at(announcement.uri)
     from models.bundle import load_beside
 
-    folder = _fetched(announcement, cache)
-    try:
-        return load_beside(folder, base, options.device)
-    except BundleError:
-        shutil.rmtree(folder, ignore_errors=True)  # damaged on our own disk, perhaps: fetched again next time
-        raise
+    return load_beside(_fetched(announcement, cache, cancelled), base, options.device)
 
 
 def _settings(options: ConsumeOptions, model: PairModel, partitions: int, raw_topic_id: str) -> StreamSettings:
