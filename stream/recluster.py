@@ -315,6 +315,8 @@ def _drifted(options: ReclusterOptions, view: StreamView, live: LiveBundle, resu
 
     if pending := _pending(options.source, live):
         result.because = f"bundle {pending[:12]} is announced already and no worker has switched to it yet"
+        if options.bundle is not None:
+            result.because += " (one that was given --bundle never does)"
         return False
     missing = [name for name in CURED_BY_RECLUSTERING if name in live.baseline.missing]
     if len(missing) == len(CURED_BY_RECLUSTERING):
@@ -347,14 +349,19 @@ def drift_window(source: StreamSource, view: StreamView, live: LiveBundle, size:
 
 
 def _pending(source: StreamSource, live: LiveBundle) -> str | None:
-    """A bundle that was announced to this stream after its live one, and could replace it."""
+    """A bundle that was announced to this stream after its live one, and could replace it.
+
+    Workers that were given --bundle begin with one that was never announced. It is older than all that this stream was told
+    of by name, as by an earlier `recluster`; what was announced to any stream may have been there before.
+    """
     fitting = [
         one
         for one in announced(source.connection)
         if one.stream in ("", source.name) and one.space == live.manifest.space
     ]
     at = next((i for i, one in enumerate(fitting) if one.version == live.version), None)
-    return None if at is None or at == len(fitting) - 1 else fitting[-1].version
+    after = [one for one in fitting if one.stream] if at is None else fitting[at + 1 :]
+    return after[-1].version if after else None
 
 
 def _refuse_too_few(options: ReclusterOptions, rows: int, clusters: int) -> None:

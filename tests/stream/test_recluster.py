@@ -232,6 +232,25 @@ def test_if_drift_acts_on_occupancy_and_not_on_itm(
     assert again.exit_code == NOTHING_TO_DO and "is announced already" in again.output
 
 
+def test_if_drift_announces_one_bundle_in_the_place_of_a_live_one_that_was_never_announced(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was announced to any stream before it began is no sign that anything waits for its workers."""
+    monkeypatch.setattr("models.drift.LEAST_PAIRS", 100)
+    folder = bundle_with(tmp_path / "given", (np.eye(16, dtype=int)[3] * 900).tolist())
+    announce(made.kafka, str(tmp_path / "before"), "fedcba9876543210", made.model.space)
+    with StreamWriter(made.kafka, "given", tmp_path / "stores", model=load_model(folder, "cpu")) as writer:  # type: ignore[arg-type]
+        records = [p for p in open_source(SHARD) if not isinstance(p, BadEntry)][:150]
+        writer.feed([record_of(p) for p in records]).run()
+        options = ReclusterOptions(writer.source, str(folder), if_drift=True)
+
+        first = recluster(options)
+        again = recluster(replace(options, seed=1))
+
+    assert (first.done, again.done) == ("announced", "nothing")
+    assert f"bundle {(first.version or '')[:12]} is announced already" in again.because
+
+
 def test_what_is_wrong_is_one_line_that_says_what_to_do(
     made: Made, tmp_path: Path, kafka: Connection, name: str
 ) -> None:
