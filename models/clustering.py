@@ -26,18 +26,22 @@ SAMPLED_PER_CLUSTER = 256
 # … within this much memory of features, 8 GiB: 238 rows a cluster of histograms of 3,000 codes at N = 3,000.
 MEMORY_BYTES = 8 << 30
 ROWS_AT_ONCE = 1024
+PART_BYTES = 4 << 20  # … and no more of them than have so many bytes of features, distances, or codes' vectors
 JUDGED_ROWS_MAX = 100_000  # rows whose error is measured: more would not make its distribution clearer
 HELD_OUT_SHARE = 5  # one row in so many is kept apart to measure the error of rows that were not fitted
 ROWS_ENOUGH = 9_604  # tell a share within a point at 95 %, whatever it is: 1.96 √(½ · ½ ÷ 9,604)
-PULLS = (
-    16.0,
-    4.0,
-    1.0,
-    0.25,
-    0.0,
-)  # of a live centroid in a refit, in mean clusters' worth of rows; the strongest first
+# Of a live centroid in a refit, in mean clusters' worth of rows; the strongest last.
+PULLS = (0.0, 0.25, 1.0, 4.0, 16.0)
 WORTH = 0.03  # an error smaller by less than this share is worth no pair's moving (docs/tried.md)
-ROW_COPIES = 4  # of a row's codes while a sample is drawn: what is kept, twice as much before it is cut, and its join
+# What a refit and what it foretells take at once, in copies, as benchmarks/recluster_memory.py finds:
+SAMPLE_COPIES = (
+    5  # of a row's codes while a sample is drawn: twice as many as are kept, their join, and what is kept of it
+)
+FORETELL_COPIES = 3  # of a row's codes afterwards: the sample, all rows in another order, those that a refit is given
+ROW_BYTES = 96  # of a row beside that: numbers and their order, later clusters, weights and masks
+CENTROID_COPIES = 8  # of the live centroids: the best fit, the one in work, and what that is computed by
+MATCHING_COPIES = 4  # of a table of old by new clusters
+PARTS_AT_ONCE = 6  # of PART_BYTES: features, distances, and what they are computed by
 
 # What one unit of a feature is worth in the integer grid of each form. All bounds below hold for L ≤ 1024, K ≤ 65,536.
 GRID = {
@@ -67,21 +71,31 @@ class Clustering:
     def assign(self, vectors: NDArray[np.uint16]) -> NDArray[np.int32]:
         """(n,) nearest centroid of each row of (n, L); equal distances go to the lower number."""
         lengths = (self.centroids**2).sum(1)
-        parts = [
-            (lengths - 2 * self.features(vectors[i : i + ROWS_AT_ONCE]) @ self.centroids.T).argmin(1)
-            for i in range(0, len(vectors), ROWS_AT_ONCE)
-        ]
-        return np.concatenate(parts).astype(np.int32) if parts else np.empty(0, np.int32)
+        nearest = np.empty(len(vectors), np.int32)
+        for part in self.parts(vectors):
+            distances = self.features(vectors[part]) @ self.centroids.T
+            distances *= -2
+            distances += lengths
+            nearest[part] = distances.argmin(1)
+        return nearest
+
+    def parts(self, vectors: NDArray[np.uint16]) -> Iterator[slice]:
+        """The rows in parts whose features, and whose distances to all centroids, have PART_BYTES at most."""
+        widest = max(len(self.centroids), feature_width(self.form, vectors.shape[1], self.codebook))
+        return _slices(len(vectors), min(ROWS_AT_ONCE, PART_BYTES // (8 * widest)))
 
     def features(self, vectors: NDArray[np.uint16]) -> Floats:
         """(n, d) integers in float64, each row from that row alone."""
         if self.form == "raw":
             return vectors.astype(np.float64) * GRID["raw"]
         if self.form == "histogram":
-            roots: Floats = np.rint(np.sqrt(_histogram(vectors, len(self.codebook))) * GRID["histogram"])
-            return roots
+            roots: Floats = np.sqrt(_histogram(vectors, len(self.codebook)))
+            roots *= GRID["histogram"]
+            return np.rint(roots, out=roots)
         if self.form == "mean":
-            summed: Floats = self.codebook[vectors].sum(1)
+            summed = np.empty((len(vectors), self.codebook.shape[1]))
+            for part in _slices(len(vectors), PART_BYTES // (8 * vectors.shape[1] * self.codebook.shape[1])):
+                self.codebook[vectors[part]].sum(1, out=summed[part])
             return summed
         projected = np.rint((vectors - self.centre) @ self.axes / 2**20)
         length = np.sqrt((projected**2).sum(1, keepdims=True))  # an exact sum, so the root is the same everywhere
@@ -90,11 +104,10 @@ class Clustering:
 
     def errors(self, vectors: NDArray[np.uint16], clusters: NDArray[np.int32]) -> Floats:
         """(n,) quantisation error: squared distance of each row to the centroid of its cluster, in grid units."""
-        parts = [
-            ((self.features(part) - self.centroids[to]) ** 2).sum(1)
-            for part, to in zip(_parts(vectors), _parts(clusters), strict=True)
-        ]
-        return np.concatenate(parts) if parts else np.empty(0)
+        found = np.empty(len(vectors))
+        for part in self.parts(vectors):
+            found[part] = ((self.features(vectors[part]) - self.centroids[clusters[part]]) ** 2).sum(1)
+        return found
 
 
 @dataclass(frozen=True)
@@ -133,8 +146,8 @@ def fit(
     mean, scale = _centre_and_scale(space, sample)
     # centred and of unit scale: float32 would pick wrong centroids of vectors with squared norms near 6e8
     features = np.empty((len(sample), width), np.float32)
-    for part, into in zip(_parts(sample), _parts(features), strict=True):
-        into[:] = (space.features(part) - mean) / scale
+    for part in space.parts(sample):
+        features[part] = (space.features(sample[part]) - mean) / scale
     centroids = np.rint(kmeans(features, clusters, seed).astype(np.float64) * scale + mean)
     return Clustering(form, centroids, space.codebook, centre, axes)
 
@@ -148,9 +161,9 @@ def fit_measured(
     clustering = fit(vectors, codebook, clusters, form, seed, rows)
     _, scale = _centre_and_scale(clustering, vectors)
     squares, occupancy = 0.0, np.zeros(clusters, np.int64)
-    for part in _parts(vectors):
-        assigned = clustering.assign(part)
-        squares += float((((clustering.features(part) - clustering.centroids[assigned]) / scale) ** 2).sum())
+    for part in clustering.parts(vectors):
+        assigned = clustering.assign(vectors[part])
+        squares += float((((clustering.features(vectors[part]) - clustering.centroids[assigned]) / scale) ** 2).sum())
         occupancy += np.bincount(assigned, minlength=clusters)
     return Fit(clustering, min(rows, len(vectors)), squares / len(vectors), occupancy)
 
@@ -172,7 +185,7 @@ def fit_features(features: NDArray[np.float32], clusters: int, seed: int = 0) ->
     rows = rows_sampled(len(features), clusters, features.shape[1])
     centroids = kmeans(np.ascontiguousarray(features[_sample(len(features), rows, seed)]), clusters, seed)
     squares, occupancy = 0.0, np.zeros(clusters, np.int64)
-    for part in _parts(features):
+    for part in (features[of] for of in _slices(len(features), ROWS_AT_ONCE)):
         distances, nearest = faiss.knn(np.ascontiguousarray(part), centroids, 1)
         squares += float(distances.sum(dtype=np.float64))
         occupancy += np.bincount(nearest.ravel(), minlength=clusters)
@@ -202,10 +215,13 @@ def refit(live: Clustering, vectors: NDArray[np.uint16], apart: NDArray[np.uint1
             f"{len(vectors) + len(apart)} index vectors cannot make {clusters} clusters and show how well they do: take a "
             "longer window"
         )
-    fits = _pulled(live, vectors, PULLS, seed)
-    errors = [float(fitted.errors(apart, fitted.assign(apart)).mean()) for fitted in fits]
-    chosen = next(i for i, error in enumerate(errors) if error <= min(errors) * (1 + WORTH))
-    return Refit(_numbered_as(live, fits[chosen], vectors), PULLS[chosen])
+    best, chosen, chosen_pull = np.inf, live, 0.0
+    for pull, fitted in _pulled(live, vectors, PULLS, seed):  # one at a time: centroids may be large
+        error = float(fitted.errors(apart, fitted.assign(apart)).mean())
+        best = min(best, error)
+        if error <= best * (1 + WORTH):
+            chosen, chosen_pull = fitted, pull
+    return Refit(_numbered_as(live, chosen, vectors), chosen_pull)
 
 
 @dataclass(frozen=True)
@@ -248,9 +264,11 @@ def foretell(
     if len(apart) < ROWS_ENOUGH and left >= clusters:
         pairs = [(outside, inside)]
         for part in np.array_split(np.arange(len(apart), len(rows)), HELD_OUT_SHARE - 1):
-            out = np.isin(np.arange(len(rows)), part)
-            (moved,) = _pulled(live, rows[~out], (fit.pull,), seed)
-            pairs.append(seen(_numbered_as(live, moved, rows[~out]), out))
+            out = np.zeros(len(rows), bool)
+            out[part] = True
+            left_in = rows[~out]
+            for _, moved in _pulled(live, left_in, (fit.pull,), seed):
+                pairs.append(seen(_numbered_as(live, moved, left_in), out))
         optimism = np.mean([unseen - its for unseen, its in pairs], axis=0)
         share = len(apart) / len(rows)
         outside, known = share * outside + (1 - share) * (inside + optimism), len(rows)
@@ -262,18 +280,24 @@ def foretell(
 
 def _pulled(
     live: Clustering, vectors: NDArray[np.uint16], pulls: tuple[float, ...], seed: int
-) -> list[Clustering]:  # fmt: skip
+) -> Iterator[tuple[float, Clustering]]:  # fmt: skip
     """K-Means of these rows from the live centroids, once for each pull; not numbered yet."""
     mean, scale = _centre_and_scale(live, vectors)
-    features = np.concatenate(
-        [((live.features(part) - mean) / scale).astype(np.float32) for part in _parts(vectors)], dtype=np.float32
-    )
-    start = ((live.centroids - mean) / scale).astype(np.float32)
-    fits = []
+    n, start = len(vectors), ((live.centroids - mean) / scale).astype(np.float32)
+    # the live centroids are rows, too: behind the others, so that there is one copy of all
+    features = np.empty((n + len(start), start.shape[1]), np.float32)
+    features[n:] = start
+    for part in live.parts(vectors):
+        features[part] = (live.features(vectors[part]) - mean) / scale
     for pull in pulls:
-        moved = kmeans(features, len(start), seed, start, pull * len(vectors) / len(start))
-        fits.append(replace(live, centroids=np.rint(moved.astype(np.float64) * scale + mean)))
-    return fits
+        weights = np.ones(n + len(start), np.float32)
+        weights[n:] = pull * n / len(start)
+        moved = (
+            kmeans(features, len(start), seed, start, weights)
+            if pull
+            else kmeans(features[:n], len(start), seed, start)
+        )
+        yield pull, replace(live, centroids=np.rint(moved.astype(np.float64) * scale + mean))
 
 
 def _numbered_as(live: Clustering, fitted: Clustering, vectors: NDArray[np.uint16]) -> Clustering:
@@ -295,9 +319,14 @@ def matching(
     shared = np.bincount(were.astype(np.int64) * clusters + are, minlength=clusters**2).reshape(clusters, clusters)
     mean = old.centroids.mean(0)
     a, b = old.centroids - mean, new.centroids - mean
-    distances = np.maximum((a**2).sum(1)[:, None] - 2 * a @ b.T + (b**2).sum(1), 0)
-    # less than one row in all, so that it decides only between assignments that keep as many rows
-    gain = shared - distances / (2 * clusters * max(1.0, float(distances.max())))
+    gain = a @ b.T
+    gain *= -2
+    gain += (a**2).sum(1)[:, None]
+    gain += (b**2).sum(1)
+    np.maximum(gain, 0, out=gain)  # squared distances …
+    # … of less than one row in all, so that they decide only between assignments that keep as many rows
+    gain /= -2 * clusters * max(1.0, float(gain.max()))
+    gain += shared
     _, order = linear_sum_assignment(gain, maximize=True)
     return np.asarray(order, np.int64)
 
@@ -328,28 +357,37 @@ def held_out_errors(
     return clustering.errors(rows, clustering.assign(rows))
 
 
+def memory_for(rows: int, live: Clustering, tokens: int) -> int:
+    """Bytes that a refit of a sample of so many rows takes, from the drawing of the sample to what is foretold."""
+    clusters, width = (int(n) for n in live.centroids.shape)
+    codes = 2 * tokens
+    drawn, fitted = SAMPLE_COPIES * codes, FORETELL_COPIES * codes + 4 * width
+    centroids, matching = CENTROID_COPIES * 8 * clusters * width, MATCHING_COPIES * 8 * clusters**2
+    return centroids + matching + PARTS_AT_ONCE * PART_BYTES + rows * (max(drawn, fitted) + ROW_BYTES)
+
+
 def rows_within(memory_bytes: int, live: Clustering, tokens: int) -> int:
-    """How many rows a refit can take in so much memory: their codes, and Faiss's and our float32 features of them."""
-    width: int = live.centroids.shape[1]
-    return max(len(live.centroids), memory_bytes // (2 * tokens * ROW_COPIES + 12 * width))
+    """The largest sample that a refit can take in so much memory; 0 where its clusters alone take more."""
+    none = memory_for(0, live, tokens)
+    return max(0, (memory_bytes - none) // (memory_for(1, live, tokens) - none))
 
 
 def kmeans(
-    features: NDArray[np.float32], clusters: int, seed: int, start: NDArray[np.float32] | None = None, pull: float = 0.0
+    features: NDArray[np.float32],
+    clusters: int,
+    seed: int,
+    start: NDArray[np.float32] | None = None,
+    weights: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
     """(N, d) centroids by Faiss, on its GPUs where the installed build has any. A cluster that loses all its rows is put
     beside a large one (Faiss does so in each iteration); one that is empty in the end is left to the caller to report.
 
-    start  (N, d) centroids to begin with, once; None: STARTS random draws, of which the best fit counts
-    pull   each centroid of `start` is a row, too, and weighs as many as this
+    start    (N, d) centroids to begin with, once; None: STARTS random draws, of which the best fit counts
+    weights  (n,) of the rows; None: all weigh as much
     """
     import faiss
 
     gpus = getattr(faiss, "get_num_gpus", lambda: 0)()
-    weights = None
-    if start is not None and pull:
-        weights = np.concatenate([np.ones(len(features)), np.full(clusters, pull)]).astype(np.float32)
-        features = np.concatenate([features, start])
     fitted = faiss.Kmeans(
         features.shape[1], clusters, niter=ITERATIONS, nredo=STARTS if start is None else 1, seed=seed, gpu=gpus > 0,
         max_points_per_centroid=len(features), min_points_per_centroid=1,
@@ -379,7 +417,7 @@ def coarse_sample(rows: int, rows_fitted: int, clusters: int) -> str | None:
     )
 
 
-def feature_width(form: str, tokens: int, codebook: NDArray[np.float32]) -> int:
+def feature_width(form: str, tokens: int, codebook: NDArray[np.floating[Any]]) -> int:
     """Numbers of one row in that form."""
     widths = {"raw": tokens, "pca": min(PCA_WIDTH, tokens), "histogram": len(codebook), "mean": codebook.shape[1]}
     return int(widths[form])
@@ -399,29 +437,31 @@ def _sample(rows: int, most: int, seed: int) -> slice | NDArray[np.int64]:
     return np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
 
 
-def _parts(rows: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    for first in range(0, len(rows), ROWS_AT_ONCE):
-        yield rows[first : first + ROWS_AT_ONCE]
+def _slices(rows: int, at_once: int) -> Iterator[slice]:
+    at_once = max(1, at_once)
+    return (slice(first, min(first + at_once, rows)) for first in range(0, rows, at_once))
 
 
 def _centre_and_scale(space: Clustering, vectors: NDArray[np.uint16]) -> tuple[Floats, float]:
     """Mean of the features (d,) and one standard deviation of all their numbers, without holding them all."""
-    mean = sum(space.features(part).sum(0) for part in _parts(vectors)) / len(vectors)
-    squares = sum(float(((space.features(part) - mean) ** 2).mean(1).sum()) for part in _parts(vectors))
+    parts = list(space.parts(vectors))
+    mean = sum(space.features(vectors[part]).sum(0) for part in parts) / len(vectors)
+    squares = sum(float(((space.features(vectors[part]) - mean) ** 2).mean(1).sum()) for part in parts)
     return np.asarray(mean, np.float64), float(np.sqrt(squares / len(vectors)) + 1e-9)
 
 
-def _histogram(vectors: NDArray[np.uint16], codes: int) -> Floats:
+def _histogram(vectors: NDArray[np.uint16], codes: int) -> NDArray[np.int64]:
     """(n, K) how often each code occurs in each row."""
     rows = np.arange(len(vectors))[:, None] * codes
-    return np.bincount((rows + vectors).ravel(), minlength=len(vectors) * codes).reshape(-1, codes).astype(np.float64)
+    return np.bincount((rows + vectors).ravel(), minlength=len(vectors) * codes).reshape(-1, codes)
 
 
 def _whitening(vectors: NDArray[np.uint16]) -> tuple[Floats, Floats]:
     """(centre, axes) as integers; axes times 2**36, so that projections have about 16 significant bits after the shift."""
-    centre = np.rint(sum(part.sum(0, dtype=np.float64) for part in _parts(vectors)) / len(vectors))
+    parts = [vectors[of] for of in _slices(len(vectors), ROWS_AT_ONCE)]  # views
+    centre = np.rint(sum(part.sum(0, dtype=np.float64) for part in parts) / len(vectors))
     sums, squares = np.zeros(len(centre)), np.zeros((len(centre), len(centre)))
-    for part in _parts(vectors):  # whole numbers: exact as long as their sums stay below 2**53
+    for part in parts:  # whole numbers: exact as long as their sums stay below 2**53
         centred = part - centre
         sums += centred.sum(0)
         squares += centred.T @ centred

@@ -7,10 +7,11 @@ the one that took them, leave holes in all of them (docs/tried.md has the figure
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 
 # From glibc's malloc.h; mallopt takes them at any time before the threads that it shall bind are started.
-_M_ARENA_MAX = -8
+_M_ARENA_MAX, _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -8, -3, -1
 ARENAS_MAX = 2
 
 
@@ -20,10 +21,26 @@ def bound_heaps() -> None:
         mallopt(_M_ARENA_MAX, ARENAS_MAX)
 
 
+def bound_holes(bytes_max: int) -> None:
+    """Lets whatever is larger go back to the kernel when it is freed, and so much as is free at the end of a heap.
+
+    By itself malloc keeps what is freed of a kind that it has seen, up to 32 MB each, and the holes between.
+    """
+    if mallopt := _function("mallopt"):
+        mallopt(_M_MMAP_THRESHOLD, bytes_max)
+        mallopt(_M_TRIM_THRESHOLD, bytes_max)
+
+
 def give_back() -> None:
     """Gives the holes of all heaps back to the kernel; takes a few milliseconds."""
     if trim := _function("malloc_trim"):
         trim(0)
+
+
+def give_all_back() -> None:
+    """… and Python's own, which the items of its free lists keep; takes as long as a search for cycles."""
+    gc.collect()
+    give_back()
 
 
 def _function(name: str) -> ctypes._NamedFuncPointer | None:

@@ -1106,7 +1106,9 @@ def recluster(
     memory_mb: Annotated[
         int,
         typer.Option(
-            help="Most megabytes of the sample and its features; of more rows a uniform sample is taken.", min=16
+            help="Most megabytes for sampling, fitting and foretelling, beside the program and the bundle itself; of more "
+            "pairs or entries than that holds, a uniform sample is taken.",
+            min=64,
         ),
     ] = 1024,
     dry_run: Annotated[

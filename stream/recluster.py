@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from state.changelog import ENTRY, decode_entry
+from stream.allocator import bound_holes, give_all_back
 from stream.arithmetic import in_the_set
 from stream.bundle_fetch import store
 from stream.bundles import announce_folder, announced
@@ -38,7 +39,9 @@ MEMORY_MB = 1024
 # Rows that are not fitted, to predict by and to measure the error by: a fifth, and no more than a point is known by.
 HELD_OUT_SHARE = 5
 HELD_OUT_MAX = 20_000
-ENTRY_BYTES = 1000  # of an entry that is held here: its vector and Python's own
+ENTRY_BYTES = 1000  # of an entry while it is drawn: its vector and Python's own
+ENTRY_COPIES = 4  # of an entry's partition, cell and clusters afterwards
+HOLES_MAX = 8 << 20  # bytes; the parts in which rows are looked at have less, what is sampled and fitted has more
 MOVERS_SHOWN = 5
 Z_95 = 1.96
 MARGIN_WANTED = 0.02  # a ± of more is said to be wide
@@ -181,45 +184,23 @@ def recluster(options: ReclusterOptions, say: Callable[[str], None] = lambda lin
 
     Raises TldrError where there is no stream, bundle or enough rows, ModelError for a damaged bundle.
     """
-    from models.clustering import foretell, refit, rows_within, too_small
-
     source = options.source
     since_ms = _since_ms(options.since, time.time())
     if options.out is not None and Path(options.out).exists():
         raise TldrError(f"{options.out} exists: a bundle is never changed, give another --out")
+    bound_holes(HOLES_MAX)
     check_rights(source.connection, "recluster --dry-run" if options.dry_run else "recluster", stream=source.name)
-    entries: Draw[tuple[int, bytes], NDArray[np.uint16]] = Draw(options.memory_mb * 1_000_000 // (4 * ENTRY_BYTES))
-    view = ChangelogFollower(source).advance(lambda record: _take_entry(record, entries), wait=True)
+    view, entries = _read(source, options.memory_mb << 20)
     live = live_bundle(source.connection, view, options.bundle)
     result = ReclusterResult("nothing", live.version, "", clusters=len(live.clustering.centroids))
     if options.if_drift and not _drifted(options, view, live, result):
         return result
     tokens = view.settings.tokens
-    sample = Sample(rows_within(options.memory_mb << 20, live.clustering, tokens), options.seed)
+    sample = sample_within(options.memory_mb << 20, live.clustering, tokens, entries, options.seed)
     for rows in recent_rows(source, view, options.records, since_ms):
         sample.offer(rows)
-    vectors = sample.rows()
-    _refuse_too_few(options, len(vectors), len(live.clustering.centroids))
-    say(f"{sample.offered:,} pairs in the window, {len(vectors):,} sampled")
-    apart, fitted = _held_out(vectors, len(live.clustering.centroids))
-    fit = refit(live.clustering, fitted, apart, options.seed)
-    new, clusters = fit.clustering, len(live.clustering.centroids)
-    say("fitted; looking at what changes")
-    errors = new.errors(apart, new.assign(apart))
-    result.window_pairs, result.rows_fitted = sample.offered, len(fitted)
-    result.error_before = float(live.clustering.errors(apart, live.clustering.assign(apart)).mean())
-    result.error_after = float(errors.mean())
-    result.warning = too_small(len(fitted), len(live.clustering.centroids))
-    were, nowhere = live.clustering.assign(vectors), np.zeros(len(vectors), np.int64)
-    result.recent = churn(were, new.assign(vectors), clusters, nowhere, sample.offered)
-    result.coming = coming(foretell(live.clustering, fit, fitted, apart, options.seed))
-    held = entries.items_with_keys()
-    if held:
-        places = np.array([partition for (partition, _), _ in held], np.int64)
-        of_entries = np.stack([vector for _, vector in held])
-        result.entries = churn(
-            live.clustering.assign(of_entries), new.assign(of_entries), clusters, places, in_the_set(view.totals)
-        )
+    _refuse_too_few(options, sample.offered, len(live.clustering.centroids))
+    new, vectors, errors = refitted(live.clustering, sample, entries, options.seed, result, say)
     if options.dry_run:
         result.done = "predicted"
         return result
@@ -229,6 +210,65 @@ def recluster(options: ReclusterOptions, say: Callable[[str], None] = lambda lin
     return result
 
 
+class Entries(NamedTuple):
+    """A uniform sample of the reduced set. vectors (n, L), partitions (n,); of  so many in all."""
+
+    vectors: NDArray[np.uint16]
+    partitions: NDArray[np.int64]
+    of: int
+
+
+def sample_within(memory_bytes: int, live: Clustering, tokens: int, entries: Entries | None, seed: int) -> Sample:
+    """An empty sample of so many rows that they can be fitted in this memory, which the entries share.
+
+    Raises TldrError where they would be too few for the clusters.
+    """
+    from models.clustering import memory_for, rows_within
+
+    give_all_back()  # what the drawing of entries has left
+    there = 0 if entries is None else entries.vectors.nbytes + ENTRY_COPIES * entries.partitions.nbytes
+    rows, least = rows_within(memory_bytes - there, live, tokens), _least_rows(len(live.centroids))
+    if rows < least:
+        enough = -(-(memory_for(least, live, tokens) + there) >> 20)
+        raise TldrError(
+            f"--memory-mb {memory_bytes >> 20} has no room to fit {len(live.centroids):,} clusters: give {enough:,} or more"
+        )
+    return Sample(rows, seed)
+
+
+def refitted(
+    live: Clustering,
+    sample: Sample,
+    entries: Entries | None,
+    seed: int,
+    result: ReclusterResult,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[Clustering, NDArray[np.uint16], NDArray[np.float64]]:
+    """(clusters fitted to the sample, its vectors, errors of those that were not fitted); fills in what was seen."""
+    from models.clustering import foretell, refit, too_small
+
+    vectors = sample.rows()
+    give_all_back()
+    say(f"{sample.offered:,} pairs in the window, {len(vectors):,} sampled")
+    clusters = len(live.centroids)
+    apart, fitted = _held_out(vectors, clusters)
+    fit = refit(live, fitted, apart, seed)
+    new = fit.clustering
+    say("fitted; looking at what changes")
+    errors = new.errors(apart, new.assign(apart))
+    result.window_pairs, result.rows_fitted = sample.offered, len(fitted)
+    result.error_before = float(live.errors(apart, live.assign(apart)).mean())
+    result.error_after = float(errors.mean())
+    result.warning = too_small(len(fitted), clusters)
+    nowhere = np.zeros(len(vectors), np.int64)
+    result.recent = churn(live.assign(vectors), new.assign(vectors), clusters, nowhere, sample.offered)
+    result.coming = coming(foretell(live, fit, fitted, apart, seed))
+    if entries is not None:
+        were, are = live.assign(entries.vectors), new.assign(entries.vectors)
+        result.entries = churn(were, are, clusters, entries.partitions, entries.of)
+    return new, vectors, errors
+
+
 def churn(
     were: NDArray[np.int32], are: NDArray[np.int32], clusters: int, partitions: NDArray[np.int64], of: int
 ) -> Churn:  # fmt: skip
@@ -236,8 +276,7 @@ def churn(
     n = len(were)
     moved = float((were != are).mean())
     before, after = np.bincount(were, minlength=clusters) / n, np.bincount(are, minlength=clusters) / n
-    cells = set(zip(partitions.tolist(), were.tolist(), strict=True))
-    cells_after = set(zip(partitions.tolist(), are.tolist(), strict=True))
+    cells, cells_after = (set(np.unique(partitions * clusters + of_all).tolist()) for of_all in (were, are))
     largest = np.argsort(-np.abs(after - before), kind="stable")[:MOVERS_SHOWN].tolist()
     shifts = [Shift(c, float(before[c]), float(after[c])) for c in largest if before[c] != after[c]]
     quota = float(np.abs(after - before).sum()) / 2
@@ -296,6 +335,21 @@ def reclustered_manifest(
 
 
 # -- steps -------------------------------------------------------------------------------------------------------------
+
+
+def _read(source: StreamSource, memory_bytes: int) -> tuple[StreamView, Entries | None]:
+    """What the stream has committed, and of its reduced set so many entries as half of the memory holds for a moment."""
+    drawn: Draw[tuple[int, bytes], NDArray[np.uint16]] = Draw(memory_bytes // (4 * ENTRY_BYTES))
+    view = ChangelogFollower(source).advance(lambda record: _take_entry(record, drawn), wait=True)
+    return view, taken(drawn, in_the_set(view.totals))
+
+
+def taken(drawn: Draw[tuple[int, bytes], NDArray[np.uint16]], of: int) -> Entries | None:
+    """The drawn entries, which stand for `of`; None where there are none."""
+    held = drawn.items_with_keys()
+    if not held:
+        return None
+    return Entries(np.stack([vector for _, vector in held]), np.array([p for (p, _), _ in held], np.int64), of)
 
 
 def _take_entry(record: ChangelogRecord, entries: Draw[tuple[int, bytes], NDArray[np.uint16]]) -> None:
@@ -370,11 +424,14 @@ def _refuse_too_few(options: ReclusterOptions, rows: int, clusters: int) -> None
             f"{options.source.topics.codes} has no index vectors in that window: let a worker run, or take a longer one "
             "(--records, --since)"
         )
-    if rows < clusters + max(1, clusters // HELD_OUT_SHARE):
+    if rows < _least_rows(clusters):
         raise TldrError(
-            f"{rows:,} pairs of the window cannot make {clusters:,} clusters: take a longer window (--records, --since) or "
-            "more memory (--memory-mb)"
+            f"{rows:,} pairs of the window cannot make {clusters:,} clusters: take a longer window (--records, --since)"
         )
+
+
+def _least_rows(clusters: int) -> int:
+    return clusters + max(1, clusters // HELD_OUT_SHARE)
 
 
 def _held_out(vectors: NDArray[np.uint16], clusters: int) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:

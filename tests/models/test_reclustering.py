@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
-from models.clustering import FORMS, Clustering, Foretold, fit, foretell, held_out_errors, matching, refit, rows_within
+from models.clustering import (
+    FORMS,
+    Clustering,
+    Foretold,
+    fit,
+    foretell,
+    held_out_errors,
+    matching,
+    memory_for,
+    refit,
+    rows_within,
+)
 from models.drift import OCCUPANCY, Baseline, error_baseline, signals
 from models.errors import CorpusError
 from stream.recluster import churn, coming
@@ -134,8 +147,25 @@ def test_fewer_rows_than_clusters_are_refused() -> None:
         refit(LIVE["mean"], pairs(5, 1), pairs(2, 2))
 
 
-def test_the_rows_of_a_refit_fit_into_the_memory_that_is_given() -> None:
-    rows = rows_within(64 << 20, LIVE["mean"], TOKENS)
+def test_the_rows_of_a_refit_fit_into_the_memory_that_is_given_and_one_more_would_not() -> None:
+    live = LIVE["mean"]
+    rows = rows_within(64 << 20, live, TOKENS)
 
-    codes, features = 4 * 2 * TOKENS * rows, 3 * 4 * LIVE["mean"].centroids.shape[1] * rows
-    assert codes + features <= 64 << 20 < codes + features + 200
+    assert memory_for(rows, live, TOKENS) <= 64 << 20 < memory_for(rows + 1, live, TOKENS)
+    assert rows_within(1 << 20, live, TOKENS) == 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_fitting_and_foretelling_take_no_more_memory_than_is_counted(form: str) -> None:
+    """As wide a bundle as the paper's: the vectors of a row's codes are a thousand times its own."""
+    dice = np.random.default_rng(0)
+    rows = dice.integers(3000, size=(600, 196)).astype(np.uint16)
+    live = fit(rows, dice.normal(size=(3000, 768)).astype(np.float32), 8, form)
+    apart, fitted = np.split(rows, [120])
+
+    tracemalloc.start()
+    foretell(live, refit(live, fitted, apart), fitted, apart)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert most <= memory_for(len(rows), live, 196)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -267,6 +270,23 @@ def test_what_is_wrong_is_one_line_that_says_what_to_do(
         recluster(
             replace(made.options(), source=replace(made.writer.source, topics=replace(made.writer.topics, name="no")))
         )
+
+
+def test_the_memory_that_is_given_bounds_what_sampling_fitting_and_foretelling_add_to_the_process() -> None:
+    """With as many tokens as the paper has, by a process of its own, of which the kernel keeps the most that it had."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "recluster_memory.py"), "--child"]
+    said = subprocess.run(
+        [*command, "--sizes", "paper, N = 16", "--forms", "pca", "--memory-mb", "96"],
+        check=True, cwd=ROOT, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+
+    assert json.loads(said)["rows"] > 10_000
+    assert json.loads(said)["mb"] < 96
+
+
+def test_clusters_that_the_memory_has_no_room_for_are_refused_with_what_would_be_enough(made: Made) -> None:
+    with pytest.raises(TldrError, match="--memory-mb 1 has no room to fit 16 clusters: give 25 or more"):
+        recluster(made.options(memory_mb=1))
 
 
 def test_the_live_bundle_is_found_by_the_newest_switch_record(made: Made, tmp_path: Path) -> None:
