@@ -5,6 +5,8 @@ Must not know what is in a bundle beyond its manifest's version and space.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -14,10 +16,12 @@ from confluent_kafka import KafkaError, KafkaException
 
 from models.bundle import Manifest, read_files
 from models.errors import BundleError
+from state.errors import StateError
 from stream.acl import Right
 from stream.errors import TldrError, Unavailable
 from stream.kafka import (
     Connection,
+    MissingRight,
     create_missing,
     end_offsets,
     partition_counts,
@@ -28,6 +32,8 @@ from stream.kafka import (
 from stream.records import Codec
 from stream.rights import check_rights
 from stream.topics import BUNDLES
+
+log = logging.getLogger(__name__)
 
 DELIVERY_TIMEOUT_S = 30.0
 NULL = "null:"  # the URI of a null model begins so
@@ -112,6 +118,26 @@ def _refuse_another_space(connection: Connection, stream: str, version: str, spa
             f"bundle {version[:12]} has another encoder, codebook or gate than the stream {stream}, which cannot switch to "
             "it: start another --stream on the same raw topic with it, which is then reduced from its beginning"
         )
+
+
+def streams_of_other_spaces(connection: Connection, announcement: Announcement) -> list[str]:
+    """The streams of this cluster that it speaks to and that cannot switch to the bundle, as far as this client may look."""
+    from stream.stream_view import stored_settings
+    from stream.topics import StreamTopics
+
+    if announcement.stream:
+        return []  # it was looked at before
+    ending, found = StreamTopics("").changelog, []
+    try:
+        topics = connection.admin.list_topics(timeout=DELIVERY_TIMEOUT_S).topics
+        for stream in sorted(topic.removesuffix(ending) for topic in topics if topic.endswith(ending)):
+            with contextlib.suppress(MissingRight, StateError):  # another version of this software may have written it
+                settings = stored_settings(connection, StreamTopics(stream))
+                if settings is not None and settings.space != announcement.space:
+                    found.append(stream)
+    except (KafkaException, TldrError) as error:  # it is announced all the same
+        log.warning("which streams can switch to it was not to be seen: %s", error)
+    return found
 
 
 @dataclass(frozen=True)

@@ -461,11 +461,15 @@ def bundle_announce(
 
     Example: tldr-stream bundle announce ./bundles/sample
     """
-    from stream.bundles import announce_folder
+    from stream.bundles import announce_folder, streams_of_other_spaces
     from stream.kafka import Connection
     from stream.results import show
 
-    show(announce_folder(Connection.of(bootstrap_servers, kafka or (), kafka_properties), folder, stream), json)
+    connection = Connection.of(bootstrap_servers, kafka or (), kafka_properties)
+    announcement = announce_folder(connection, folder, stream)
+    if others := streams_of_other_spaces(connection, announcement):
+        _say(f"these streams stay as they are, having another encoder, codebook or gate: {', '.join(others)}")
+    show(announcement, json)
 
 
 @bundle_app.command("list", cls=JobCommand)

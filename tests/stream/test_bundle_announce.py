@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import io
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
-from models.bundle import read_files, write_bundle
+from models.bundle import load_model, read_files, write_bundle
 from stream.broker import LocalBroker, free_port
 from stream.bundles import announced
 from stream.cli import app
 from stream.kafka import Connection
 from tests.stream.other_bundle import SAMPLE
 from tests.stream.stream_writer import StreamWriter, raw
+
+
+def picture() -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(out, "PNG")
+    return out.getvalue()
 
 
 def nowhere(folder: Path) -> str:
@@ -72,3 +81,23 @@ def test_what_cannot_be_switched_to_is_refused_and_not_announced(
     assert refused.exit_code == 2, refused.output
     assert says in refused.output and "Traceback" not in refused.output
     assert announced(kafka) == before
+
+
+def test_an_announcement_to_any_stream_names_those_that_cannot_switch_and_no_other(
+    broker: LocalBroker, kafka: Connection, name: str, tmp_path: Path
+) -> None:
+    ours, null = f"{name}-ours", f"{name}-null"
+    with StreamWriter(kafka, null, tmp_path / "null", partitions=1) as writer:
+        writer.feed([raw("pair")]).run()
+    with StreamWriter(kafka, ours, tmp_path / "ours", partitions=1, model=load_model(SAMPLE, "cpu")) as writer:  # type: ignore[arg-type]
+        writer.feed([raw("pair", image=picture())]).run()
+
+    done = CliRunner().invoke(
+        app, ["bundle", "announce", str(SAMPLE), "--json", "--bootstrap-servers", broker.bootstrap_servers]
+    )
+
+    assert done.exit_code == 0, done.output
+    (said,) = (line for line in done.stderr.splitlines() if "stay as they are" in line)
+    named = said.rpartition(": ")[2].split(", ")
+    assert null in named and ours not in named
+    assert json.loads(done.stdout)["stream"] == ""
