@@ -36,10 +36,16 @@ def hash_id(key: hashlib.blake2b, pair_id: str) -> tuple[int, int]:
 
 def hash_ids(key: hashlib.blake2b, pair_ids: Iterable[str]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     """`hash_id` of many ids: a column of known hashes and one of priorities."""
+    return hash_names(key, map(str.encode, pair_ids))
+
+
+def hash_names(key: hashlib.blake2b, names: Iterable[bytes]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """`hash_ids` of ids that are UTF-8 already."""
     digests = []
-    for pair_id in pair_ids:
-        digest = key.copy()
-        digest.update(pair_id.encode())
+    copy = key.copy
+    for name in names:
+        digest = copy()
+        digest.update(name)
         digests.append(digest.digest())
     both = np.frombuffer(b"".join(digests), ">u8").astype(np.uint64)
     return both[::2], both[1::2]

@@ -64,6 +64,11 @@ def read_raw_pair(data: bytes, at: int) -> RawValues:
         at = end
     elif branch:
         raise ValueError("no such branch")
+    return pair_id, caption, image, image_uri, read_fields(data, at)
+
+
+def read_fields(data: bytes, at: int) -> dict[str, str]:
+    """The map at the end of a RawPair. Raises as `read_raw_pair`."""
     fields = {}
     count = data[at]
     if count & 129:
@@ -94,25 +99,31 @@ def read_raw_pair(data: bytes, at: int) -> RawValues:
             count, at = count >> 1, at + 1
     if at > len(data):
         raise ValueError("it ends early")
-    return pair_id, caption, image, image_uri, fields
+    return fields
 
 
 def write_kept_pair(
-    pair_id: str, image: bytes | memoryview, caption: str, generated: str, refined: str, epoch: int, cluster: int,
+    name: bytes, image: bytes | memoryview, caption: str, generated: str, refined: str, epoch: int, cluster: int,
     position: int, vector: bytes, bundle: str, priority: bytes, rate: str, itm_original: float, itm_refined: float, topic: str,
-    partition: int, offset: int, timestamp_ms: int, image_uri: str | None, fields: Mapping[str, str],
+    partition: int, offset: int, timestamp_ms: int, tail: bytes,
 ) -> bytes:  # fmt: skip
-    """A KeptPair; vector and priority as their little-endian bytes."""
-    id_bytes, caption_bytes = pair_id.encode(), caption.encode()
+    """A KeptPair; name is its id in UTF-8, vector and priority are little-endian bytes, tail is what `write_tail` makes."""
+    caption_bytes = caption.encode()
     generated_bytes, refined_bytes = generated.encode(), refined.encode()
     parts: list[bytes | memoryview] = [
-        _long(len(id_bytes)), id_bytes, _long(len(image)), image, _long(len(caption_bytes)), caption_bytes,
+        _long(len(name)), name, _long(len(image)), image, _long(len(caption_bytes)), caption_bytes,
         _long(len(generated_bytes)), generated_bytes, _long(len(refined_bytes)), refined_bytes,
         _long(epoch), _long(cluster), _long(position), _long(len(vector)), vector, _same_text(bundle),
         _long(len(priority)), priority, _same_text(rate), _two_floats(itm_original, itm_refined), _same_text(topic),
         _long(partition), _long(offset), _long(timestamp_ms),
     ]  # fmt: skip
-    parts.append(b"\0" if image_uri is None else b"\2" + _text(image_uri))
+    parts.append(tail)
+    return b"".join(parts)
+
+
+def write_tail(image_uri: str | None, fields: Mapping[str, str]) -> bytes:
+    """How a KeptPair ends."""
+    parts = [b"\0" if image_uri is None else b"\2" + _text(image_uri)]
     if fields:
         parts.append(_long(len(fields)))
         for name, value in fields.items():

@@ -11,7 +11,7 @@ import binascii
 import io
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -22,6 +22,7 @@ from models.errors import Reason
 from stream.avro_by_hand import RawValues, read_raw_pair
 from stream.errors import TldrError
 from stream.pair_sources import TARGETS, content_id, field_text
+from stream.plain_pairs import NONE_PLAIN, PlainPairs, read_plain_pairs
 from stream.records import (
     CONFLUENT_MAGIC,
     HEADER_BYTES,
@@ -58,6 +59,10 @@ class RawReader(Protocol):
     grows: bool
 
     def read(self, message_key: bytes | None, value: bytes) -> RawRecord: ...
+
+    def read_plain(self, values: Sequence[bytes], bytes_max: int) -> PlainPairs:
+        """Of many values those that can be read at once; the others may be all right, too."""
+        return NONE_PLAIN
 
 
 def raw_reader(
@@ -142,7 +147,7 @@ def _refuse_unknown_paths(paths: Mapping[str, str], schema: Schema, file: Path |
 # -- our own records
 
 
-class OwnReader:
+class OwnReader(RawReader):
     """RawPair records in either framing, written by this version, an older or a newer one."""
 
     grows = False
@@ -166,6 +171,9 @@ class OwnReader:
             pair = (pair_id or _id_of_key(message_key), caption, image or None, image_uri, fields)
         return tuple.__new__(RawRecord, pair)  # RawRecord(*pair) without its Python frame
 
+    def read_plain(self, values: Sequence[bytes], bytes_max: int) -> PlainPairs:
+        return read_plain_pairs(values, self._header, bytes_max)
+
     def _any(self, value: bytes) -> RawValues:
         record = self._codec.decode(value)
         return record["id"], record["caption"], record["image"], record["image_uri"], record["fields"]
@@ -183,7 +191,7 @@ def _id_of_key(message_key: bytes | None) -> str:
 # -- records of others
 
 
-class JsonReader:
+class JsonReader(RawReader):
     """JSON objects in UTF-8. An image is base64 text, a data: URI, or a URI to fetch."""
 
     grows = True
@@ -199,7 +207,7 @@ class JsonReader:
         return _mapped(content, message_key, self._paths)
 
 
-class AvroReader:
+class AvroReader(RawReader):
     """Avro that is not ours: an object container, single-object encoding, or plain records of one known schema."""
 
     grows = True
@@ -225,7 +233,7 @@ class AvroReader:
         )
 
 
-class ConfluentReader:
+class ConfluentReader(RawReader):
     """Avro in Confluent's wire format: a zero byte, the schema's number in the registry, the record."""
 
     grows = True

@@ -22,8 +22,8 @@ from models.errors import BadImage, Reason
 from models.model import PairModel, Picture, Vectors
 from models.refine import refine
 from state.partition import DEAD, DUPLICATE, KEPT, NOT_KNOWN, Kind, Partition, Rows
-from state.priority import hash_ids, id_key
-from stream.avro_by_hand import write_kept_pair
+from state.priority import hash_names, id_key
+from stream.avro_by_hand import write_kept_pair, write_tail
 from stream.dead_letters import DeadLetter
 from stream.raw_format import RawReader, RawRecord
 from stream.records import Codec, UndecodableRecord
@@ -37,8 +37,6 @@ NO_CLUSTER = -1
 CODES_ROW_BYTES = 60
 # Far above any URL, far below what a changelog record can hold.
 ID_BYTES_MAX = 8192
-# Greater than every offset.
-NEVER = 1 << 63
 
 
 class Effect(NamedTuple):
@@ -51,6 +49,7 @@ class Effect(NamedTuple):
 
 
 _effect = partial(tuple.__new__, Effect)  # Effect(*fields) without its Python frame
+_NO_HASHES = np.empty(0, np.uint64)
 _TO_COME = Effect(-1, b"", None, [])  # in the place of a kept pair whose caption is not there yet
 
 
@@ -199,10 +198,11 @@ class Reduction:
 
 @dataclass
 class _Batch:
-    """The raw records of a batch, a column for each thing that is known of them.
+    """The raw records of a batch, a column for each thing that is known of them; "", None where there is nothing.
 
-    raws      what a record says, None for takedowns and for what cannot be read
-    ids       "" where there is none; known, priorities  the halves of their hashes
+    names     the ids as UTF-8; known, priorities  the halves of their hashes
+    tails     how a KeptPair of it ends, where its record told already
+    raws      row → pair, of those that were read by themselves
     kinds     state.partition.Kind
     troubles  row → why it is dead
     """
@@ -210,18 +210,20 @@ class _Batch:
     messages: list[Message]
     numbers: NDArray[np.int64]
     offsets: NDArray[np.int64]
-    raws: list[RawRecord | None]
+    names: list[bytes]
     ids: list[str]
+    captions: list[str]
+    images: list[bytes | memoryview | None]
+    tails: list[bytes | None]
+    raws: dict[int, RawRecord]
     kinds: NDArray[np.uint8]
     troubles: dict[int, BadImage | UndecodableRecord]
     known: NDArray[np.uint64]
     priorities: NDArray[np.uint64]
 
-    def raw(self, row: int) -> RawRecord:
-        raw = self.raws[row]
-        if raw is None:
-            raise ValueError("a dead letter or a takedown has no pair")
-        return raw
+    def tail(self, row: int) -> bytes:
+        """How the KeptPair of this row ends."""
+        return self.tails[row] or write_tail(self.raws[row].image_uri, self.raws[row].fields)
 
 
 class Cancelled(Exception):
@@ -271,8 +273,7 @@ def reduce_batch(
     for model, its in _by_model(batch.numbers[pairs], partitions, using):
         clusters[its] = model.assign(vectors[its])
     lap("encode")
-    raws = batch.raws
-    itms = using.model.match(vectors, [raws[row].caption for row in pairs.tolist()], pictures)  # type: ignore[union-attr]
+    itms = using.model.match(vectors, _of(batch.captions, pairs), pictures)
     out.images += len(pairs)
     out.itm_raw += itms.tolist()
     lap("match")
@@ -286,6 +287,11 @@ def reduce_batch(
     if kept.rows:
         _caption(batch, kept, fetched, (clusters, itms, vectors), pictures, partitions, using, out)
         lap("caption")
+
+
+def _of(column: list[Any], rows: NDArray[np.int64]) -> list[Any]:
+    """These rows of a column."""
+    return [column[row] for row in rows.tolist()]
 
 
 def _by_model(
@@ -316,46 +322,56 @@ class _Kept(NamedTuple):
 
 
 def _read(messages: Sequence[Message], partitions: dict[int, Partition], using: Reduction) -> _Batch:
-    read, grows, kept_bytes_max = using.reader.read, using.reader.grows, using.kept_bytes_max
     # What is no larger can always be kept: see `_refuse_what_cannot_be_kept`, where a byte counts eight times at most.
-    small = (kept_bytes_max - KEPT_OVERHEAD_BYTES) // 8
-    first_wanted = {number: partition.next_offset or 0 for number, partition in partitions.items()}
+    small = (using.kept_bytes_max - KEPT_OVERHEAD_BYTES) // 8
     wanted = list(messages)
-    numbers = [message.partition() for message in wanted]
-    offsets = [message.offset() for message in wanted]
-    here = [offset >= first_wanted.get(number, NEVER) for number, offset in zip(numbers, offsets, strict=True)]
-    if not all(here):
-        wanted, numbers, offsets = (list(compress(column, here)) for column in (wanted, numbers, offsets))
-    raws: list[RawRecord | None] = []
-    ids: list[str] = []
-    takedowns: list[int] = []
-    troubles: dict[int, BadImage | UndecodableRecord] = {}
-    for message in wanted:
-        raw, pair_id, value = None, "", message.value()
-        try:
-            if value is None:
-                key = message.key()
-                if not key:
-                    raise UndecodableRecord(Reason.NO_ID, "neither a key nor a value")
-                pair_id = key.decode("utf-8", "replace")
-                takedowns.append(len(raws))
-            else:
-                raw = read(message.key(), value)
-                pair_id = raw.id
-                if grows or len(value) > small or 4 * len(pair_id) > ID_BYTES_MAX:
-                    _refuse_what_cannot_be_kept(raw, kept_bytes_max)
-        except UndecodableRecord as error:
-            raw, pair_id = None, ""
-            troubles[len(raws)] = error
-        raws.append(raw)
-        ids.append(pair_id)
-    kinds = np.full(len(wanted), Kind.PAIR, np.uint8)
-    kinds[takedowns] = Kind.TAKEDOWN
-    kinds[list(troubles)] = Kind.DEAD
-    known, priorities = hash_ids(id_key(using.seed), ids)
-    return _Batch(
-        wanted, np.array(numbers, np.int64), np.array(offsets, np.int64), raws, ids, kinds, troubles, known, priorities
-    )
+    numbers = np.array([message.partition() for message in wanted], np.int64)
+    offsets = np.array([message.offset() for message in wanted], np.int64)
+    here = np.zeros(len(wanted), bool)
+    for number, partition in partitions.items():
+        here |= (numbers == number) & (offsets >= (partition.next_offset or 0))
+    if not here.all():
+        wanted, numbers, offsets = list(compress(wanted, here.tolist())), numbers[here], offsets[here]
+    count = len(wanted)
+    plain = using.reader.read_plain([message.value() or b"" for message in wanted], small)
+    names, captions, others = plain.ids, plain.captions, list[int]()
+    images: list[bytes | memoryview | None] = [*plain.images]
+    tails: list[bytes | None] = [*plain.tails]
+    if len(plain.rows) < count:
+        names, captions, images, tails = [b""] * count, [""] * count, [None] * count, [None] * count
+        for row, name, caption, image, tail in zip(*plain, strict=True):
+            names[row], captions[row], images[row], tails[row] = name, caption, image, tail
+        others = sorted(set(range(count)).difference(plain.rows))
+    batch = _Batch(
+        wanted, numbers, offsets, names, [], captions, images, tails, {}, np.full(count, Kind.PAIR, np.uint8), {},
+        _NO_HASHES, _NO_HASHES,
+    )  # fmt: skip
+    for row in others:
+        _read_alone(row, batch, using, small)
+    batch.ids = [name.decode() for name in names]
+    batch.known, batch.priorities = hash_names(id_key(using.seed), names)
+    return batch
+
+
+def _read_alone(row: int, batch: _Batch, using: Reduction, small: int) -> None:
+    """Reads what is not plain: a takedown, a large record, one of another format or one that is none."""
+    key, value = batch.messages[row].key(), batch.messages[row].value()
+    try:
+        if value is None:
+            if not key:
+                raise UndecodableRecord(Reason.NO_ID, "neither a key nor a value")
+            batch.names[row] = key.decode("utf-8", "replace").encode()
+            batch.kinds[row] = Kind.TAKEDOWN
+            return
+        raw = using.reader.read(key, value)
+        name = raw.id.encode()
+        if using.reader.grows or len(value) > small or len(name) > ID_BYTES_MAX:
+            _refuse_what_cannot_be_kept(raw, using.kept_bytes_max)
+    except UndecodableRecord as error:
+        batch.troubles[row] = error
+        batch.kinds[row] = Kind.DEAD
+        return
+    batch.names[row], batch.captions[row], batch.images[row], batch.raws[row] = name, raw.caption, raw.image, raw
 
 
 def _decide(
@@ -376,7 +392,7 @@ def _decide(
     here = np.flatnonzero(batch.numbers[pairs] == number)
     fates, positions, duplicate_of, removed = partition.decide_all(
         Rows(
-            batch.offsets[rows], [batch.ids[row] for row in rows.tolist()], batch.kinds[rows], firsts[rows], batch.known[rows],
+            batch.offsets[rows], _of(batch.ids, rows), batch.kinds[rows], firsts[rows], batch.known[rows],
             batch.priorities[rows], clusters[here], itms[here], vectors[here],
         )
     )  # fmt: skip
@@ -397,7 +413,7 @@ def _decide(
         place = np.cumsum(fates != DEAD) - 1
         codes.batches.append(
             CodesRows(
-                [batch.ids[row] for row in rows[alive].tolist()], batch.offsets[rows[alive]], fates[alive],
+                _of(batch.ids, rows[alive]), batch.offsets[rows[alive]], fates[alive],
                 row_clusters[alive], positions[alive], batch.priorities[rows[alive]], row_itms[alive], duplicate_of[alive],
                 vectors[here[needed]], [(int(place[row]), gone) for row, gone in removed],
             )
@@ -438,7 +454,7 @@ def _caption(
     seen, pictures  of the pairs whose image was looked at: cluster, ITM and index vector of each; what the model decoded
     """
     vectors, shown = seen[2][kept.pairs], [pictures[pair] for pair in kept.pairs]
-    originals = [batch.raw(row).caption for row in kept.rows]
+    originals = [batch.captions[row] for row in kept.rows]
     generated = [""] * len(originals)
     for model, its in _by_model(np.array(kept.numbers), partitions, using):
         rows = np.arange(len(generated))[its].tolist()
@@ -464,13 +480,13 @@ def _caption(
     for at, (row, number, position, place, cluster, itm, text, whole, itm_refined, offset, priority) in enumerate(
         columns
     ):
-        raw, partition = batch.raw(row), partitions[number]
-        image = fetched[row] if raw.image is None else raw.image
+        partition, name, own = partitions[number], batch.names[row], batch.images[row]
+        image = fetched[row] if own is None else own
         epoch = partition.epoch
         value = header + write_kept_pair(
-            raw.id, image, raw.caption, text, whole, epoch, cluster, position, codes[at * width : (at + 1) * width],
+            name, image, batch.captions[row], text, whole, epoch, cluster, position, codes[at * width : (at + 1) * width],
             partition.bundle or "", priority.to_bytes(8, "little"), rate, itm, itm_refined, topic, number, offset,
-            batch.messages[row].timestamp()[1], raw.image_uri, raw.fields,
+            batch.messages[row].timestamp()[1], batch.tail(row),
         )  # fmt: skip
         headers = [
             ("cause", b"%d" % offset),
@@ -479,7 +495,7 @@ def _caption(
             ("priority", b"%d" % priority),
             ("rate", rate_bytes),
         ]
-        out.kept[place] = _effect((number, raw.id.encode(), value, headers))
+        out.kept[place] = _effect((number, name, value, headers))
         out.value_bytes += len(image)
 
 
@@ -514,9 +530,8 @@ def _look_at_all(wanted: list[int], batch: _Batch, using: Reduction) -> tuple[di
         pictures: list[Picture | None] = []
         for row in rows:
             try:
-                raw = batch.raw(row)
-                if (image := raw.image) is None:
-                    image = fetched[row] = _fetched(raw, using)
+                if (image := batch.images[row]) is None:
+                    image = fetched[row] = _fetched(batch.raws[row], using)
                 pictures.append(decode(image))
             except BadImage as error:
                 batch.kinds[row] = Kind.UNSEEN
