@@ -7,13 +7,12 @@ texts and bytes have their length in front.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from struct import Struct
-from typing import Any
+from typing import Any, NamedTuple
 
-_two_floats = Struct("<ff").pack
+import numpy as np
+from numpy.typing import NDArray
 
 RawValues = tuple[str, str, bytes | memoryview | None, str | None, dict[str, str]]
 # From this size on an image is not copied out of its record.
@@ -102,23 +101,57 @@ def read_fields(data: bytes, at: int) -> dict[str, str]:
     return fields
 
 
-def write_kept_pair(
-    name: bytes, image: bytes | memoryview, caption: str, generated: str, refined: str, epoch: int, cluster: int,
-    position: int, vector: bytes, bundle: str, priority: bytes, rate: str, itm_original: float, itm_refined: float, topic: str,
-    partition: int, offset: int, timestamp_ms: int, tail: bytes,
-) -> bytes:  # fmt: skip
-    """A KeptPair; name is its id in UTF-8, vector and priority are little-endian bytes, tail is what `write_tail` makes."""
-    caption_bytes = caption.encode()
-    generated_bytes, refined_bytes = generated.encode(), refined.encode()
-    parts: list[bytes | memoryview] = [
-        _long(len(name)), name, _long(len(image)), image, _long(len(caption_bytes)), caption_bytes,
-        _long(len(generated_bytes)), generated_bytes, _long(len(refined_bytes)), refined_bytes,
-        _long(epoch), _long(cluster), _long(position), _long(len(vector)), vector, _same_text(bundle),
-        _long(len(priority)), priority, _same_text(rate), _two_floats(itm_original, itm_refined), _same_text(topic),
-        _long(partition), _long(offset), _long(timestamp_ms),
+class KeptColumns(NamedTuple):
+    """Kept pairs of one partition and epoch, a column for each thing that tells them apart; n pairs.
+
+    names  the ids as UTF-8; tails  what `write_tail` makes
+    vectors, priorities  (n, tokens) uint16, (n,) uint64; itms  (n, 2) float32, of the original and the refined caption
+    """
+
+    names: Sequence[bytes]
+    images: Sequence[bytes | memoryview]
+    captions: Sequence[str]
+    generated: Sequence[str]
+    refined: Sequence[str]
+    clusters: Sequence[int]
+    positions: Sequence[int]
+    vectors: NDArray[np.uint16]
+    priorities: NDArray[np.uint64]
+    itms: NDArray[np.float32]
+    offsets: Sequence[int]
+    timestamps_ms: Sequence[int]
+    tails: Sequence[bytes]
+
+
+def write_kept_pairs(
+    header: bytes, pairs: KeptColumns, epoch: int, bundle: str, rate: str, topic: str, partition: int
+) -> list[bytes]:
+    """KeptPairs, each behind the header."""
+    # From the vector to the source partition they differ in what has a fixed width, so those bytes are made all at once.
+    between = (
+        _long(2 * pairs.vectors.shape[1]), _text(bundle) + _long(8), _text(rate), _text(topic) + _long(partition)
+    )  # fmt: skip
+    kinds = [
+        ("a", f"S{len(between[0])}"), ("vector", "<u2", pairs.vectors.shape[1:]), ("b", f"S{len(between[1])}"),
+        ("priority", "<u8"), ("c", f"S{len(between[2])}"), ("itms", "<f4", (2,)), ("d", f"S{len(between[3])}"),
     ]  # fmt: skip
-    parts.append(tail)
-    return b"".join(parts)
+    rows = np.empty(len(pairs.names), kinds)
+    rows["a"], rows["b"], rows["c"], rows["d"] = between
+    rows["vector"], rows["priority"], rows["itms"] = pairs.vectors, pairs.priorities, pairs.itms
+    middle, width = rows.tobytes(), rows.itemsize
+    epoch_bytes, join = _long(epoch), b"".join
+    captions, generated, refined = (list(map(str.encode, x)) for x in (pairs.captions, pairs.generated, pairs.refined))
+    columns = zip(
+        _sizes(pairs.names), pairs.names, _sizes(pairs.images), pairs.images, _sizes(captions), captions,
+        _sizes(generated), generated, _sizes(refined), refined, _longs(pairs.clusters), _longs(pairs.positions),
+        range(0, len(middle), width), _longs(pairs.offsets), _longs(pairs.timestamps_ms), pairs.tails,
+        strict=True,
+    )  # fmt: skip
+    return [
+        join((header, a, name, b, image, c, caption, d, text, e, whole, epoch_bytes, cluster, position, middle[at : at + width],
+              offset, timestamp, tail))
+        for a, name, b, image, c, caption, d, text, e, whole, cluster, position, at, offset, timestamp, tail in columns
+    ]  # fmt: skip
 
 
 def write_tail(image_uri: str | None, fields: Mapping[str, str]) -> bytes:
@@ -195,13 +228,21 @@ def _long(number: int) -> bytes:
     if number < 16384:
         return _SMALL[number]
     rest = number >> 14
-    return _FIRST[number & 16383] + (_SMALL[rest] if rest < 16384 else _varint(rest))
+    if rest < 16384:
+        return _FIRST[number & 16383] + _SMALL[rest]
+    last = rest >> 14  # of a time in ms
+    return _FIRST[number & 16383] + _FIRST[rest & 16383] + (_SMALL[last] if last < 16384 else _varint(last))
+
+
+def _longs(numbers: Iterable[int]) -> list[bytes]:
+    small = _LENGTHS
+    return [small[number] if 0 <= number < 16384 else _long(number) for number in numbers]
+
+
+def _sizes(column: Iterable[bytes | memoryview]) -> list[bytes]:
+    return _longs(map(len, column))
 
 
 def _text(text: str) -> bytes:
     encoded = text.encode()
     return _long(len(encoded)) + encoded
-
-
-# A worker has one bundle, one rate and one raw topic.
-_same_text = lru_cache(16)(_text)

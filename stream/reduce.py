@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from itertools import compress, pairwise
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from models.model import PairModel, Picture, Vectors
 from models.refine import refine
 from state.partition import DEAD, DUPLICATE, KEPT, NOT_KNOWN, Kind, Partition, Rows
 from state.priority import hash_names, id_key
-from stream.avro_by_hand import write_kept_pair, write_tail
+from stream.avro_by_hand import KeptColumns, write_kept_pairs, write_tail
 from stream.dead_letters import DeadLetter
 from stream.raw_format import RawReader, RawRecord
 from stream.records import Codec, UndecodableRecord
@@ -465,38 +465,46 @@ def _caption(
         refine(original, text, using.joiner, using.caption_tokens)
         for original, text in zip(originals, generated, strict=True)
     ]
-    refined_itms = using.model.match(vectors, refined, shown).tolist()
+    refined_itms = using.model.match(vectors, refined, shown)
     out.captions += len(refined)
     out.itm_kept += seen[1][kept.pairs].tolist()
-    out.itm_refined += refined_itms
-    codes, width = vectors.astype("<u2", copy=False).tobytes(), 2 * vectors.shape[1]
-    header, rate, rate_bytes, topic = using.kept_codec.header, using.rate, using.rate.encode(), using.topic
-    columns = zip(
-        kept.rows, kept.numbers, kept.positions, kept.places, seen[0][kept.pairs].tolist(), seen[1][kept.pairs].tolist(),
-        generated, refined,
-        refined_itms, batch.offsets[kept.rows].tolist(), batch.priorities[kept.rows].tolist(),
-        strict=True,
-    )  # fmt: skip
-    for at, (row, number, position, place, cluster, itm, text, whole, itm_refined, offset, priority) in enumerate(
-        columns
-    ):
-        partition, name, own = partitions[number], batch.names[row], batch.images[row]
-        image = fetched[row] if own is None else own
-        epoch = partition.epoch
-        value = header + write_kept_pair(
-            name, image, batch.captions[row], text, whole, epoch, cluster, position, codes[at * width : (at + 1) * width],
-            partition.bundle or "", priority.to_bytes(8, "little"), rate, itm, itm_refined, topic, number, offset,
-            batch.messages[row].timestamp()[1], batch.tail(row),
+    out.itm_refined += refined_itms.tolist()
+    names = [batch.names[row] for row in kept.rows]
+    images = [fetched[row] if (image := batch.images[row]) is None else image for row in kept.rows]
+    out.value_bytes += sum(map(len, images))
+    clusters, itms = seen[0][kept.pairs].tolist(), np.stack([seen[1][kept.pairs], refined_itms], axis=1)
+    offsets, priorities = batch.offsets[kept.rows].tolist(), batch.priorities[kept.rows]
+    timestamps_ms = [batch.messages[row].timestamp()[1] for row in kept.rows]
+    tails = [batch.tails[row] or batch.tail(row) for row in kept.rows]
+    rate = "rate", using.rate.encode()
+    starts = np.flatnonzero(np.diff(kept.numbers, prepend=-1)).tolist()
+    for start, end in pairwise([*starts, len(names)]):
+        its, number = slice(start, end), kept.numbers[start]
+        partition = partitions[number]
+        columns = KeptColumns(
+            names[its], images[its], originals[its], generated[its], refined[its], clusters[its], kept.positions[its],
+            vectors[its], priorities[its], itms[its], offsets[its], timestamps_ms[its], tails[its],
         )  # fmt: skip
-        headers = [
-            ("cause", b"%d" % offset),
-            ("epoch", b"%d" % epoch),
-            ("cluster", b"%d" % cluster),
-            ("priority", b"%d" % priority),
-            ("rate", rate_bytes),
-        ]
-        out.kept[place] = _effect((number, name, value, headers))
-        out.value_bytes += len(image)
+        epoch = "epoch", b"%d" % partition.epoch
+        values = write_kept_pairs(
+            using.kept_codec.header, columns, partition.epoch, partition.bundle or "", using.rate, using.topic, number
+        )
+        for place, name, value, offset, cluster, priority in zip(
+            kept.places[its], names[its], values, offsets[its], clusters[its], priorities[its].tolist(), strict=True
+        ):
+            headers = [
+                ("cause", b"%d" % offset),
+                epoch,
+                _cluster_header(cluster),
+                ("priority", b"%d" % priority),
+                rate,
+            ]
+            out.kept[place] = _effect((number, name, value, headers))
+
+
+@lru_cache(1 << 14)
+def _cluster_header(cluster: int) -> tuple[str, bytes]:
+    return "cluster", b"%d" % cluster
 
 
 def _refuse_what_cannot_be_kept(raw: RawRecord, kept_bytes_max: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
@@ -104,8 +105,7 @@ def send(sealed: Sealed, outlet: Outlet) -> None:
     producer, attempt_s = outlet.producer, outlet.attempt_timeout_s
     try:
         producer.begin_transaction()  # 1
-        for record, more in _records(sealed, outlet):  # 2
-            _produce(producer, record, more)
+        _produce_all(sealed, outlet)  # 2
         # Everything lies at the brokers before the offsets are pending: a successor that finds no pending offsets of this
         # group can rely on the changelog's end (restore.py asks in this order).
         while producer.flush(attempt_s):
@@ -136,28 +136,37 @@ def commit(effects: Effects, partitions: Mapping[int, Partition], outlet: Outlet
     keep(sealed, partitions)
 
 
-# topic, value, key, partition: as `produce` takes them by place, which costs half of taking them by name.
-_Record = tuple[str, bytes | None, bytes | None, int]
+# topic, value, key, partition, callback, on_delivery, timestamp, headers: as `produce` takes them by place, which costs half of
+# taking them by name.
+_Record = tuple[Any, ...]
 
 
-def _records(sealed: Sealed, outlet: Outlet) -> Iterable[tuple[_Record, dict[str, Any]]]:
+def _records(sealed: Sealed, outlet: Outlet) -> Iterable[_Record]:
     topics = outlet.topics
     for number, key, value, headers in sealed.effects.kept:
-        yield (topics.kept, value, key, number), {"headers": headers}
+        yield topics.kept, value, key, number, None, None, 0, headers
     for p, record in sealed.codes:
-        yield (topics.codes, outlet.codes_codec.header + write_pair_codes(record), None, p), {}
+        yield topics.codes, outlet.codes_codec.header + write_pair_codes(record), None, p
     for letter in sealed.effects.dead:
         message = letter.message
-        dead = topics.dead, message.value(), message.key(), message.partition()
-        yield dead, {"headers": headers_of(letter)}
+        yield topics.dead, message.value(), message.key(), message.partition(), None, None, 0, headers_of(letter)
     for p, (*changes, (last_key, last)) in sealed.changes.items():
         for changed, entry in changes:
-            yield (topics.changelog, entry, changed, p), {}
+            yield topics.changelog, entry, changed, p
         # Records of a partition are written in their order, so the last one tells the end.
-        yield (
-            (topics.changelog, last, last_key, p),
-            {"on_delivery": lambda error, message, p=p: _remember_end(error, message, p, sealed.ends)},
-        )
+        told = partial(_remember_end, partition=p, ends=sealed.ends)
+        yield topics.changelog, last, last_key, p, None, told
+
+
+def _produce_all(sealed: Sealed, outlet: Outlet) -> None:
+    produce = outlet.producer.produce
+    for record in _records(sealed, outlet):
+        while True:
+            try:
+                produce(*record)
+                break
+            except BufferError:  # librdkafka's queue is full: let it send
+                outlet.producer.poll(0.1)
 
 
 def _remember_end(error: KafkaError | None, message: Any, partition: int, ends: dict[int, int]) -> None:
@@ -165,15 +174,6 @@ def _remember_end(error: KafkaError | None, message: Any, partition: int, ends: 
     # already (DUPLICATE_SEQUENCE_NUMBER) is delivered without an offset.
     if error is None and message.offset() is not None:
         ends[partition] = max(ends[partition], message.offset() + 1)
-
-
-def _produce(producer: Producer, record: _Record, more: dict[str, Any]) -> None:
-    while True:
-        try:
-            producer.produce(*record, **more)
-            return
-        except BufferError:  # librdkafka's queue is full: let it send
-            producer.poll(0.1)
 
 
 def _until_done(call: Callable[[], None], what: str) -> None:

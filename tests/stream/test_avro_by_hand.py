@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stream.avro_by_hand import read_raw_pair, write_kept_pair, write_pair_codes, write_tail
+from stream.avro_by_hand import KeptColumns, read_raw_pair, write_kept_pairs, write_pair_codes, write_tail
 from stream.raw_format import raw_reader
 from stream.records import HEADER_BYTES, Codec, UndecodableRecord
 
@@ -22,14 +23,14 @@ fields = st.dictionaries(texts, texts, max_size=3)
 raw_pairs = st.fixed_dictionaries(
     {"id": texts, "caption": texts, "image": blobs | st.none(), "image_uri": texts | st.none(), "fields": fields}
 )
-kept_pairs = st.fixed_dictionaries(
-    {
-        "id": texts, "image": blobs, "caption": texts, "generated_caption": texts, "refined_caption": texts, "epoch": longs,
-        "cluster": ints, "position": longs, "index_vector": blobs, "bundle": texts, "priority": blobs, "rate": texts,
-        "itm_original": floats, "itm_refined": floats, "source_topic": texts, "source_partition": ints,
-        "source_offset": longs, "source_timestamp_ms": longs, "image_uri": texts | st.none(), "fields": fields,
-    }
-)  # fmt: skip
+shared = {"epoch": longs, "bundle": texts, "rate": texts, "source_topic": texts, "source_partition": ints}
+own = {
+    "id": texts, "image": blobs, "caption": texts, "generated_caption": texts, "refined_caption": texts, "cluster": ints,
+    "position": longs, "index_vector": st.binary(min_size=6, max_size=6), "priority": st.binary(min_size=8, max_size=8),
+    "itm_original": floats, "itm_refined": floats, "source_offset": longs, "source_timestamp_ms": longs,
+    "image_uri": texts | st.none(), "fields": fields,
+}  # fmt: skip
+kept_pairs = st.tuples(st.fixed_dictionaries(shared), st.lists(st.fixed_dictionaries(own), min_size=1, max_size=3))
 
 pair_codes = st.fixed_dictionaries(
     {
@@ -62,12 +63,26 @@ def test_a_large_image_is_read_as_a_view_of_its_record() -> None:
 
 
 @given(kept_pairs)
-def test_a_kept_pair_is_written_byte_by_byte_as_fastavro_writes_it(pair: dict[str, Any]) -> None:
-    values = in_order(KEPT, pair)
+def test_kept_pairs_are_written_byte_by_byte_as_fastavro_writes_them(
+    kept: tuple[dict[str, Any], list[dict[str, Any]]],
+) -> None:
+    same, pairs = kept
 
-    written = write_kept_pair(*(values[0].encode(), *values[1:-2], write_tail(*values[-2:])))
+    def column(name: str) -> list[Any]:
+        return [pair[name] for pair in pairs]
 
-    assert KEPT.header + written == KEPT.encode(pair)
+    columns = KeptColumns(
+        [name.encode() for name in column("id")], column("image"), column("caption"), column("generated_caption"),
+        column("refined_caption"), column("cluster"), column("position"),
+        np.frombuffer(b"".join(column("index_vector")), "<u2").reshape(-1, 3),
+        np.frombuffer(b"".join(column("priority")), "<u8"),
+        np.array([column("itm_original"), column("itm_refined")], np.float32).T, column("source_offset"),
+        column("source_timestamp_ms"), [write_tail(pair["image_uri"], pair["fields"]) for pair in pairs],
+    )  # fmt: skip
+
+    written = write_kept_pairs(KEPT.header, columns, *(same[name] for name in shared))
+
+    assert written == [KEPT.encode({**same, **pair}) for pair in pairs]
 
 
 @given(pair_codes)
