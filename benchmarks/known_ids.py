@@ -42,11 +42,10 @@ def main() -> None:
             with env.begin(buffers=True) as view:
                 known.offsets_of(view, names)
             sought.append(time.process_time() - began)
-            row = count.to_bytes(8, "big")
-            counted = {name.to_bytes(8, "big"): row for name in names.tolist()}
+            offsets, none = np.full(len(names), count, np.uint64), np.empty(0, np.uint64)
             began = time.process_time()
             with env.begin(write=True) as txn:
-                known.put(txn, counted, [])
+                known.put(txn, [(names, offsets)], none)
             added.append(time.process_time() - began)
             count += given.transaction
             if count in steps:

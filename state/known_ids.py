@@ -60,25 +60,22 @@ class KnownIds:
                 hashes = np.delete(hashes, here)
         return found
 
-    def put(self, txn: lmdb.Transaction[bytes], counted: dict[bytes, bytes], gone: Sequence[bytes]) -> None:
-        """Note hash → offset for each, in place of what was there, and forget those that are `gone` (none of `counted`).
+    def put(self, txn: lmdb.Transaction[bytes], counted: Sequence[tuple[Numbers, Numbers]], gone: Numbers) -> None:
+        """Note the offsets of hashes in place of what was there, and forget those that are `gone`.
 
-        Hashes and offsets are 8 big-endian bytes each.
+        counted  hashes and offsets; of a hash that is in several of them, or in one and in `gone`, the first says what holds
         """
-        count = len(counted) + len(gone)
+        columns = [_newest_of_each([*counted, (gone, np.full(len(gone), GONE))])]
+        count = len(columns[0][0])
         if not count:
             return
-        hashes = np.frombuffer(b"".join([*counted, *gone]), ">u8").astype(np.uint64)
-        offsets = np.full(count, GONE)
-        offsets[: len(counted)] = np.frombuffer(b"".join(counted.values()), ">u8")
-        columns = [(hashes, offsets)]
         with txn.cursor(self._db) as cursor:
             older = self._runs(cursor)
             while older and older[-1].ids <= count:
                 run = older.pop()
                 count += run.ids
                 columns.append(self._taken_out(cursor, run))
-            hashes, offsets = _newest_of_each(columns)
+            hashes, offsets = columns[0] if len(columns) == 1 else _newest_of_each(columns)
             if not older:
                 hashes, offsets = hashes[offsets != GONE], offsets[offsets != GONE]
             self._write(cursor, older[-1].number + 1 if older else 0, hashes, offsets)
@@ -150,11 +147,14 @@ def _newest_of_each(columns: Sequence[tuple[Numbers, Numbers]]) -> tuple[Numbers
     """The columns as one, sorted by hash, from newest to oldest: the first that has a hash tells its offset."""
     hashes = np.concatenate([hashes for hashes, _ in columns])
     offsets = np.concatenate([offsets for _, offsets in columns])
-    order = np.argsort(hashes, kind="stable")
+    order = np.argsort(hashes)  # three times as fast as a stable one
     hashes = hashes[order]
     first = np.ones(len(hashes), bool)
     first[1:] = hashes[1:] != hashes[:-1]
-    return hashes[first], offsets[order[first]]
+    if first.all():
+        return hashes, offsets[order]
+    starts = np.flatnonzero(first)
+    return hashes[starts], offsets[np.minimum.reduceat(order, starts)]
 
 
 # A Bloom filter in which the bits of an id lie in one word (Putze, Sanders, Singler, "Cache-, hash- and space-efficient

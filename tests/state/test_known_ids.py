@@ -16,10 +16,6 @@ from tests.state.test_partition import scratch
 transactions = st.lists(st.tuples(st.integers(0, 2 * CHUNK_IDS + 10), st.integers(0, CHUNK_IDS)), max_size=12)
 
 
-def row(number: int) -> bytes:
-    return number.to_bytes(8, "big")
-
-
 def numbers(values: list[int]) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
     return np.array(values, np.uint64)
 
@@ -36,7 +32,7 @@ def test_every_known_id_has_its_newest_offset_and_no_other_is_known(sizes: list[
             gone = dice.permutation(numbers([*known]))[:expired].tolist()
             fresh = [name for name in dice.permutation(pool)[:counted].tolist() if name not in set(gone)]
             with env.begin(write=True) as txn:
-                ids.put(txn, {row(name): row(offset) for name in fresh}, [row(name) for name in gone])
+                ids.put(txn, [(numbers(fresh), numbers([offset] * len(fresh)))], numbers(gone))
             known |= dict.fromkeys(fresh, offset)
             known = {name: at for name, at in known.items() if name not in set(gone)}
 
@@ -51,7 +47,7 @@ def test_of_many_new_ids_few_are_looked_for() -> None:
         ids, sought = KnownIds(env), []
         names = dice.integers(0, 2**64, 100_000, dtype=np.uint64)
         with env.begin(write=True) as txn:
-            ids.put(txn, {row(name): row(0) for name in names.tolist()}, [])
+            ids.put(txn, [(names, np.zeros_like(names))], numbers([]))
         look = ids._in_run
         ids._in_run = lambda *asked: sought.append(asked) or look(*asked)  # type: ignore[method-assign, func-returns-value]
 
