@@ -255,11 +255,12 @@ def reduce_batch(
             raise Cancelled
 
     batch = _read(messages, partitions, using)
-    rows_of = {number: np.flatnonzero(batch.numbers == number) for number in np.unique(batch.numbers).tolist()}
+    starts = np.flatnonzero(np.diff(batch.numbers, prepend=-1)).tolist()
+    rows_of = {int(batch.numbers[start]): slice(start, end) for start, end in pairwise([*starts, len(batch.messages)])}
     # An id that is known already needs no image; the rest is decoded by all cores and encoded in fixed batches.
     firsts = np.full(len(batch.messages), NOT_KNOWN)
     for number, rows in rows_of.items():
-        named = rows[batch.kinds[rows] != Kind.DEAD]
+        named = rows.start + np.flatnonzero(batch.kinds[rows] != Kind.DEAD)
         firsts[named] = partitions[number].look_up(batch.known[named])
         known = partitions[number].is_known(firsts[named], batch.offsets[named])
         batch.kinds[named[known & (batch.kinds[named] == Kind.PAIR)]] = Kind.KNOWN
@@ -330,8 +331,11 @@ def _read(messages: Sequence[Message], partitions: dict[int, Partition], using: 
     here = np.zeros(len(wanted), bool)
     for number, partition in partitions.items():
         here |= (numbers == number) & (offsets >= (partition.next_offset or 0))
-    if not here.all():
-        wanted, numbers, offsets = list(compress(wanted, here.tolist())), numbers[here], offsets[here]
+    # Each partition's in one piece. They often come so, and all of them are wanted.
+    if not here.all() or (np.diff(numbers) < 0).any():
+        order = np.argsort(numbers, kind="stable")
+        order = order[here[order]]
+        wanted, numbers, offsets = _of(wanted, order), numbers[order], offsets[order]
     count = len(wanted)
     plain = using.reader.read_plain([message.value() or b"" for message in wanted], small)
     names, captions, others = plain.ids, plain.captions, list[int]()
@@ -376,7 +380,7 @@ def _read_alone(row: int, batch: _Batch, using: Reduction, small: int) -> None:
 
 def _decide(
     batch: _Batch,
-    rows: NDArray[np.int64],
+    rows: slice,
     firsts: NDArray[np.int64],
     number: int,
     partition: Partition,
@@ -388,39 +392,38 @@ def _decide(
 
     seen  of the pairs whose image was looked at: the row, cluster, ITM and index vector of each
     """
-    pairs, clusters, itms, vectors = seen
-    here = np.flatnonzero(batch.numbers[pairs] == number)
+    here = slice(*np.searchsorted(seen[0], (rows.start, rows.stop)).tolist())
+    pairs, clusters, itms, vectors = seen[0][here] - rows.start, seen[1][here], seen[2][here], seen[3][here]
+    ids, offsets, priorities = batch.ids[rows], batch.offsets[rows], batch.priorities[rows]
     fates, positions, duplicate_of, removed = partition.decide_all(
         Rows(
-            batch.offsets[rows], _of(batch.ids, rows), batch.kinds[rows], firsts[rows], batch.known[rows],
-            batch.priorities[rows], clusters[here], itms[here], vectors[here],
+            offsets, ids, batch.kinds[rows], firsts[rows], batch.known[rows], priorities, clusters, itms, vectors
         )
     )  # fmt: skip
-    for row in rows[fates == DEAD].tolist():
-        trouble, message = batch.troubles[row], batch.messages[row]
-        out.dead.append(DeadLetter(message, trouble.reason, trouble.detail))
-        out.value_bytes += len(message.value() or b"")
-
+    pair_of = np.full(len(ids), -1)
+    pair_of[pairs] = np.arange(len(pairs))
     # What the model said of a duplicate's image does not count.
-    needed = np.flatnonzero(fates[np.searchsorted(rows, pairs[here])] < DUPLICATE)
-    its_row = np.searchsorted(rows, pairs[here[needed]])
-    row_clusters, row_itms = np.full(len(rows), NO_CLUSTER, np.int32), np.full(len(rows), np.nan, np.float32)
-    row_clusters[its_row], row_itms[its_row] = clusters[here[needed]], itms[here[needed]]
-    out.value_bytes += 2 * vectors.shape[1] * len(needed)
-    alive = np.flatnonzero(fates != DEAD)
+    needed = fates[pairs] < DUPLICATE
+    if not needed.all():
+        pairs, clusters, itms, vectors = pairs[needed], clusters[needed], itms[needed], vectors[needed]
+    row_clusters, row_itms = np.full(len(ids), NO_CLUSTER, np.int32), np.full(len(ids), np.nan, np.float32)
+    row_clusters[pairs], row_itms[pairs] = clusters, itms
+    out.value_bytes += 2 * vectors.shape[1] * len(vectors)
+    columns: list[Any] = [offsets, fates, row_clusters, positions, priorities, row_itms, duplicate_of]
+    alive, place = fates != DEAD, range(len(ids))
+    if not alive.all():
+        for row in np.flatnonzero(~alive).tolist():
+            trouble, message = batch.troubles[rows.start + row], batch.messages[rows.start + row]
+            out.dead.append(DeadLetter(message, trouble.reason, trouble.detail))
+            out.value_bytes += len(message.value() or b"")
+        ids, columns = list(compress(ids, alive.tolist())), [column[alive] for column in columns]
+        place = (np.cumsum(alive) - 1).tolist()
     codes = out.codes.setdefault(number, CodesColumns())
-    if len(alive):
-        place = np.cumsum(fates != DEAD) - 1
-        codes.batches.append(
-            CodesRows(
-                _of(batch.ids, rows[alive]), batch.offsets[rows[alive]], fates[alive],
-                row_clusters[alive], positions[alive], batch.priorities[rows[alive]], row_itms[alive], duplicate_of[alive],
-                vectors[here[needed]], [(int(place[row]), gone) for row, gone in removed],
-            )
-        )  # fmt: skip
+    if ids:
+        codes.batches.append(CodesRows(ids, *columns, vectors, [(place[row], gone) for row, gone in removed]))
     came = np.flatnonzero(fates == KEPT)
-    kept.rows.extend(rows[came].tolist())
-    kept.pairs.extend(here[needed[np.searchsorted(its_row, came)]].tolist())
+    kept.rows.extend((rows.start + came).tolist())
+    kept.pairs.extend((here.start + pair_of[came]).tolist())
     kept.numbers.extend([number] * len(came))
     kept.positions.extend(positions[came].tolist())
     if not removed:
@@ -436,7 +439,7 @@ def _decide(
             kept.places.append(len(out.kept))
             out.kept.append(_TO_COME)
         for gone in left.get(row, ()):
-            out.kept.append(Effect(number, gone.encode(), None, [("cause", b"%d" % batch.offsets[rows[row]])]))
+            out.kept.append(Effect(number, gone.encode(), None, [("cause", b"%d" % offsets[row])]))
 
 
 def _caption(
