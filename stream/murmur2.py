@@ -24,18 +24,27 @@ def partitions_of(keys: Sequence[bytes], partition_count: int) -> NDArray[np.int
 def _murmur2(keys: Sequence[bytes]) -> NDArray[np.uint32]:
     count = len(keys)
     lengths = np.fromiter(map(len, keys), np.int64, count)
-    width = (int(lengths.max(initial=0)) + 4) // 4 * 4
-    padded = np.frombuffer(b"".join([key.ljust(width, b"\0") for key in keys]), np.uint8).reshape(count, width)
-    words = padded.view("<u4")
+    if not count:
+        return np.empty(0, np.uint32)
+    longest = int(lengths.max())
+    if lengths.min() < longest:
+        keys = [key.ljust(longest, b"\0") for key in keys]
+    together = np.frombuffer(b"".join(keys), np.uint8)
+    padded = np.zeros((count, (longest + 4) // 4 * 4), np.uint8)
+    padded[:, :longest] = together.reshape(count, longest)
+    # A column for each word lies in one piece.
+    words = np.ascontiguousarray(padded.view("<u4").T)
     whole = lengths // 4
+    all_have, some_have = int(whole.min()), int(whole.max())
     with np.errstate(over="ignore"):
         h = SEED ^ lengths.astype(np.uint32)
-        for i in range(int(whole.max(initial=0))):
-            k = words[:, i] * M
+        for i in range(some_have):
+            k = words[i] * M
             k ^= k >> np.uint32(24)
-            mixed = (h * M) ^ (k * M)
-            h = np.where(i < whole, mixed, h)
-        tail = words[np.arange(count), whole]  # padded with zeros, so its upper bytes add nothing
+            k *= M
+            k ^= h * M
+            h = k if i < all_have else np.where(i < whole, k, h)
+        tail = words[whole, np.arange(count)]  # padded with zeros, so its upper bytes add nothing
         h = np.where(lengths % 4 > 0, (h ^ tail) * M, h)
         h ^= h >> np.uint32(13)
         h *= M

@@ -420,7 +420,7 @@ def _decide(
         place = (np.cumsum(alive) - 1).tolist()
     codes = out.codes.setdefault(number, CodesColumns())
     if ids:
-        codes.batches.append(CodesRows(ids, *columns, vectors, [(place[row], gone) for row, gone in removed]))
+        codes.batches.append(CodesRows._make([ids, *columns, vectors, [(place[row], gone) for row, gone in removed]]))
     came = np.flatnonzero(fates == KEPT)
     kept.rows.extend((rows.start + came).tolist())
     kept.pairs.extend((here.start + pair_of[came]).tolist())
