@@ -90,13 +90,14 @@ def fill(
                 offsets = np.arange(first, min(first + DECIDED_TOGETHER, end))
                 its = slice(first, first + len(offsets))
                 with timed("hash and look up before decoding"):
-                    known, priorities = hash_ids(key, ids[its])
+                    names = [pair_id.encode() for pair_id in ids[its]]
+                    known, priorities = hash_ids(key, names)
                     firsts = partition.look_up(known)
                 with timed("decide"):
                     kinds, itms = np.full(len(offsets), Kind.PAIR, np.uint8), np.full(len(offsets), 0.5, np.float32)
                     partition.decide_all(
                         Rows(
-                            offsets, ids[its], kinds, firsts, known, priorities, np.array(clusters[its], np.int32), itms,
+                            offsets, names, kinds, firsts, known, priorities, np.array(clusters[its], np.int32), itms,
                             vectors[offsets % len(vectors)],
                         )
                     )  # fmt: skip

@@ -54,16 +54,16 @@ class Bench:
             self.commit()
 
     def decide(self, count: int) -> None:
-        ids = [f"https://example.org/{i:09d}.jpg" for i in range(self.next, self.next + count)]
+        names = [b"https://example.org/%09d.jpg" % i for i in range(self.next, self.next + count)]
         vectors = self.dice.integers(0, 3000, (count, self.tokens), dtype=np.uint16)
-        known, priorities = hash_ids(id_key(1), ids)
+        known, priorities = hash_ids(id_key(1), names)
         offsets = np.arange(self.next, self.next + count)
         self.next += count
         firsts = self.partition.look_up(known)
         itms, kinds = np.ones(count, np.float32), np.full(count, Kind.PAIR, np.uint8)
         clusters = self.model.assign(vectors)
         self.partition.decide_all(
-            Rows(offsets, ids, kinds, firsts, known, priorities, clusters, itms, vectors)
+            Rows(offsets, names, kinds, firsts, known, priorities, clusters, itms, vectors)
         )  # fmt: skip
 
     def commit(self) -> int:

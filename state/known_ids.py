@@ -45,11 +45,12 @@ class KnownIds:
         """The input offsets at which those of the ids that are known were counted."""
         found: dict[int, int] = {}
         with view.cursor(self._db) as cursor:
+            bits = _bits_of(hashes)
             for run in reversed(self._runs(cursor)):
                 if not len(hashes):
                     break
                 words = np.frombuffer(view.get(_key(run.number), db=self._db), "<u8")  # type: ignore[arg-type]
-                perhaps = np.flatnonzero(_may_hold(words, hashes))
+                perhaps = np.flatnonzero(_may_hold(words, hashes, bits))
                 here = []
                 for at in perhaps.tolist():
                     offset = self._in_run(cursor, run, hashes[at])
@@ -57,7 +58,8 @@ class KnownIds:
                         here.append(at)
                         if offset != GONE:
                             found[int(hashes[at])] = offset
-                hashes = np.delete(hashes, here)
+                if here:
+                    hashes, bits = np.delete(hashes, here), np.delete(bits, here)
         return found
 
     def put(self, txn: lmdb.Transaction[bytes], counted: Sequence[tuple[Numbers, Numbers]], gone: Numbers) -> None:
@@ -170,8 +172,7 @@ def _filter(hashes: Numbers) -> Numbers:
     return words
 
 
-def _may_hold(words: Numbers, hashes: Numbers) -> NDArray[np.bool_]:
-    bits = _bits_of(hashes)
+def _may_hold(words: Numbers, hashes: Numbers, bits: Numbers) -> NDArray[np.bool_]:
     held: NDArray[np.bool_] = (words[_word_of(hashes, len(words) - 1)] & bits) == bits
     return held
 

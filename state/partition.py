@@ -110,13 +110,14 @@ class Rows(NamedTuple):
     """A batch of one partition, in the order of its offsets; n rows, m of which are pairs whose image was looked at.
 
     kinds     (n,) Kind: KNOWN are those of which `is_known` said so
+    names     (n,) the ids as UTF-8
     firsts    (n,) what `look_up` said before the batch, of all but dead letters
     known, priorities  (n,) the halves of the ids' hashes
     clusters, itms, vectors  (m,), (m,), (m, tokens)
     """
 
     offsets: NDArray[np.int64]
-    ids: Sequence[str]
+    names: Sequence[bytes]
     kinds: NDArray[np.uint8]
     firsts: NDArray[np.int64]
     known: NDArray[np.uint64]
@@ -414,8 +415,9 @@ class Partition:
                 self._looked_up[known] = None if first == NOT_KNOWN else first
         both = zip(rows.known.tolist(), rows.priorities.tolist(), strict=True)
         places = iter(range(len(rows.clusters)))
-        columns = zip(rows.offsets.tolist(), rows.ids, rows.kinds.tolist(), both, strict=True)
-        for row, (offset, pair_id, kind, hashes) in enumerate(columns):
+        columns = zip(rows.offsets.tolist(), rows.names, rows.kinds.tolist(), both, strict=True)
+        for row, (offset, name, kind, hashes) in enumerate(columns):
+            pair_id = name.decode()
             if kind == Kind.PAIR:
                 at = next(places)
                 decision = self.decide(
@@ -507,7 +509,7 @@ class Partition:
         known, offsets = rows.known[passed].tolist(), rows.offsets[passed].tolist()
         entries = encode_entries(
             rows.offsets[passed], self.epoch, clusters, rows.priorities[passed], self._ratio,
-            [rows.ids[row].encode() for row in passed.tolist()], rows.vectors[its_pair],
+            [rows.names[row] for row in passed.tolist()], rows.vectors[its_pair],
         )  # fmt: skip
         if self._cap is None:
             self._open.entries.update(zip(known, entries, strict=True))

@@ -34,13 +34,8 @@ def hash_id(key: hashlib.blake2b, pair_id: str) -> tuple[int, int]:
     return _halves(digest.digest())
 
 
-def hash_ids(key: hashlib.blake2b, pair_ids: Iterable[str]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """`hash_id` of many ids: a column of known hashes and one of priorities."""
-    return hash_names(key, map(str.encode, pair_ids))
-
-
-def hash_names(key: hashlib.blake2b, names: Iterable[bytes]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """`hash_ids` of ids that are UTF-8 already."""
+def hash_ids(key: hashlib.blake2b, names: Iterable[bytes]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """`hash_id` of many ids, given as UTF-8: a column of known hashes and one of priorities."""
     digests = []
     copy = key.copy
     for name in names:

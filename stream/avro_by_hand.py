@@ -166,18 +166,15 @@ def write_tail(image_uri: str | None, fields: Mapping[str, str]) -> bytes:
     return b"".join(parts)
 
 
-def write_pair_codes(record: Mapping[str, Any]) -> bytes:
-    """A PairCodes record, whose columns are bytes."""
+def write_pair_codes(header: bytes, record: Mapping[str, Any]) -> bytes:
+    """A PairCodes record behind the header; its ids are UTF-8, its columns bytes or what can be joined to them."""
     parts = [
+        header,
         _long(record["partition"]), _long(record["epoch"]), _text(record["bundle"]), _long(record["tokens"]),
     ]  # fmt: skip
     if ids := record["ids"]:
         parts.append(_long(len(ids)))
-        encoded = list(map(str.encode, ids))
-        sizes = list(map(len, encoded))
-        # A takedown's id may be as long as a key.
-        length = _LENGTHS.__getitem__ if max(sizes) < len(_LENGTHS) else _long
-        parts.extend(chain.from_iterable(zip(map(length, sizes), encoded, strict=True)))
+        parts.extend(chain.from_iterable(zip(_sizes(ids), ids, strict=True)))
     parts.append(b"\0")
     for column in ("offsets", "fates", "clusters", "positions", "priorities", "itms", "vectors", "duplicate_of"):
         parts += (_long(len(record[column])), record[column])

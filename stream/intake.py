@@ -89,8 +89,10 @@ class Intake:
         restarted, self._started_while_polling = self._started_while_polling, None
         fresh = self._sorted_out(messages, restarted)
         self._buffer.extend(fresh)
-        self.buffered_bytes += _weight(fresh)
-        self.received_bytes += sum(map(len, fresh)) + sum([len(message.key() or b"") for message in fresh])
+        size = _weight(fresh)
+        self.buffered_bytes += size
+        self.received_bytes += size - MESSAGE_OVERHEAD_BYTES * len(fresh)
+        self.received_bytes += sum([len(key) for message in fresh if (key := message.key())])
         # Started inside the call by a callback of the group: what the call returned may come from before or from after it.
         for partition, offset in restarted.items():
             self.go_back(partition, offset)
@@ -98,7 +100,7 @@ class Intake:
     def _sorted_out(self, messages: list[Message], restarted: Collection[int]) -> list[Message]:
         """The messages that are ones, and of partitions that we consume; what the others tell is noted. Raises as `poll`."""
         numbers = {message.partition() for message in messages}
-        events = any(message.error() is not None for message in messages)
+        events = [message for message in messages if message.error() is not None]
         if not (events or restarted or self.at_end) and numbers <= self._consumed:  # almost always so
             return messages
         fresh: list[Message] = []
@@ -122,7 +124,8 @@ class Intake:
 
     def take(self, count: int) -> list[Message]:
         """The next `count` messages or fewer, in the order of each partition."""
-        taken = [self._buffer.popleft() for _ in range(min(count, len(self._buffer)))]
+        next_one = self._buffer.popleft
+        taken = [next_one() for _ in range(min(count, len(self._buffer)))]
         self.buffered_bytes -= _weight(taken)
         return taken
 

@@ -87,7 +87,8 @@ def read_plain_pairs(records: Sequence[bytes], header: bytes, bytes_max: int = P
         pairs = _cut(small, *places)
     except UnicodeDecodeError:
         return NONE_PLAIN
-    if any(map(str.isspace, pairs[1])):
+    begins = data[caption_at[found]]  # no caption of letters and figures is blank
+    if ((begins < 33) | (begins > 126)).any() and any(map(str.isspace, pairs[1])):
         return NONE_PLAIN
     return PlainPairs(rows[found].tolist(), *pairs)
 
@@ -102,9 +103,10 @@ def _cut(
     images = [record[at:end] for record, at, end in zip(records, image_at, image_end, strict=True)]
     tails = [record[at:] for record, at in zip(records, image_end, strict=True)]
     b"".join(ids).decode()
-    for tail in tails:
-        if not tail.isascii():
-            read_fields(tail, 1)
+    if not b"".join(tails).isascii():
+        for tail in tails:
+            if not tail.isascii():
+                read_fields(tail, 1)
     return ids, captions, images, tails
 
 

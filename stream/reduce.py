@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import compress, pairwise
+from itertools import chain, compress, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from models.errors import BadImage, Reason
 from models.model import PairModel, Picture, Vectors
 from models.refine import refine
 from state.partition import DEAD, DUPLICATE, KEPT, NOT_KNOWN, Kind, Partition, Rows
-from state.priority import hash_names, id_key
+from state.priority import hash_ids, id_key
 from stream.avro_by_hand import KeptColumns, write_kept_pairs, write_tail
 from stream.dead_letters import DeadLetter
 from stream.raw_format import RawReader, RawRecord
@@ -56,7 +56,7 @@ _TO_COME = Effect(-1, b"", None, [])  # in the place of a kept pair whose captio
 class CodesRows(NamedTuple):
     """What became of some input offsets, in their order; n rows. A cluster of -1: nobody looked at the image."""
 
-    ids: list[str]
+    names: list[bytes]  # the ids as UTF-8
     offsets: NDArray[np.int64]
     fates: NDArray[np.uint8]
     clusters: NDArray[np.int32]
@@ -96,12 +96,12 @@ class CodesColumns:
         """All batches as one."""
         if not self.batches:
             return
-        ids, offsets, fates, clusters, positions, priorities, itms, duplicate_of, vectors, removed = zip(
+        names, offsets, fates, clusters, positions, priorities, itms, duplicate_of, vectors, removed = zip(
             *self.batches, strict=True
         )
-        before = np.cumsum([0, *map(len, ids)]).tolist()
+        before = np.cumsum([0, *map(len, names)]).tolist()
         yield CodesRows(
-            [pair_id for its in ids for pair_id in its],
+            list(chain.from_iterable(names)),
             np.concatenate(offsets),
             np.concatenate(fates),
             np.concatenate(clusters),
@@ -119,28 +119,31 @@ def _codes_records(
 ) -> Iterable[dict[str, Any]]:
     looked_at = rows.clusters >= 0
     vectors_before = np.concatenate([[0], np.cumsum(looked_at)])
-    weights = 4 * np.fromiter(map(len, rows.ids), np.int64, len(rows.ids)) + looked_at * 2 * tokens + CODES_ROW_BYTES
+    weights = (
+        4 * np.fromiter(map(len, rows.names), np.int64, len(rows.names)) + looked_at * 2 * tokens + CODES_ROW_BYTES
+    )
     for row, gone in rows.removed:
         weights[row] += 4 * len(gone) + 10
     # The number of whole records' worth of bytes before a row says which record it belongs to.
     part = (np.cumsum(weights) - weights) // bytes_max
     starts = np.flatnonzero(np.diff(part, prepend=-1)).tolist()
-    for start, end in pairwise([*starts, len(rows.ids)]):
+    for start, end in pairwise([*starts, len(rows.names)]):
         its = slice(start, end)
+        vectors = np.ascontiguousarray(rows.vectors[vectors_before[start] : vectors_before[end]], "<u2")
         duplicates = rows.duplicate_of[its][rows.fates[its] == DUPLICATE]
         yield {
             "partition": partition,
             "epoch": epoch,
             "bundle": bundle,
             "tokens": tokens,
-            "ids": rows.ids[its],
+            "ids": rows.names[its],
             "offsets": rows.offsets[its].astype("<i8").tobytes(),
             "fates": rows.fates[its].tobytes(),
             "clusters": rows.clusters[its].astype("<i4").tobytes(),
             "positions": rows.positions[its].astype("<i8").tobytes(),
             "priorities": rows.priorities[its].astype("<u8").tobytes(),
             "itms": rows.itms[its].astype("<f4").tobytes(),
-            "vectors": rows.vectors[vectors_before[start] : vectors_before[end]].astype("<u2", copy=False).tobytes(),
+            "vectors": vectors.reshape(-1).view(np.uint8).data,  # the largest column: not copied before it is written
             "duplicate_of": duplicates.astype("<i8").tobytes(),
             "removed": [{"id": gone, "row": row - start} for row, gone in rows.removed if start <= row < end],
         }
@@ -211,7 +214,6 @@ class _Batch:
     numbers: NDArray[np.int64]
     offsets: NDArray[np.int64]
     names: list[bytes]
-    ids: list[str]
     captions: list[str]
     images: list[bytes | memoryview | None]
     tails: list[bytes | None]
@@ -347,13 +349,12 @@ def _read(messages: Sequence[Message], partitions: dict[int, Partition], using: 
             names[row], captions[row], images[row], tails[row] = name, caption, image, tail
         others = sorted(set(range(count)).difference(plain.rows))
     batch = _Batch(
-        wanted, numbers, offsets, names, [], captions, images, tails, {}, np.full(count, Kind.PAIR, np.uint8), {},
+        wanted, numbers, offsets, names, captions, images, tails, {}, np.full(count, Kind.PAIR, np.uint8), {},
         _NO_HASHES, _NO_HASHES,
     )  # fmt: skip
     for row in others:
         _read_alone(row, batch, using, small)
-    batch.ids = [name.decode() for name in names]
-    batch.known, batch.priorities = hash_names(id_key(using.seed), names)
+    batch.known, batch.priorities = hash_ids(id_key(using.seed), names)
     return batch
 
 
@@ -394,33 +395,33 @@ def _decide(
     """
     here = slice(*np.searchsorted(seen[0], (rows.start, rows.stop)).tolist())
     pairs, clusters, itms, vectors = seen[0][here] - rows.start, seen[1][here], seen[2][here], seen[3][here]
-    ids, offsets, priorities = batch.ids[rows], batch.offsets[rows], batch.priorities[rows]
+    names, offsets, priorities = batch.names[rows], batch.offsets[rows], batch.priorities[rows]
     fates, positions, duplicate_of, removed = partition.decide_all(
         Rows(
-            offsets, ids, batch.kinds[rows], firsts[rows], batch.known[rows], priorities, clusters, itms, vectors
+            offsets, names, batch.kinds[rows], firsts[rows], batch.known[rows], priorities, clusters, itms, vectors
         )
     )  # fmt: skip
-    pair_of = np.full(len(ids), -1)
+    pair_of = np.full(len(names), -1)
     pair_of[pairs] = np.arange(len(pairs))
     # What the model said of a duplicate's image does not count.
     needed = fates[pairs] < DUPLICATE
     if not needed.all():
         pairs, clusters, itms, vectors = pairs[needed], clusters[needed], itms[needed], vectors[needed]
-    row_clusters, row_itms = np.full(len(ids), NO_CLUSTER, np.int32), np.full(len(ids), np.nan, np.float32)
+    row_clusters, row_itms = np.full(len(names), NO_CLUSTER, np.int32), np.full(len(names), np.nan, np.float32)
     row_clusters[pairs], row_itms[pairs] = clusters, itms
     out.value_bytes += 2 * vectors.shape[1] * len(vectors)
     columns: list[Any] = [offsets, fates, row_clusters, positions, priorities, row_itms, duplicate_of]
-    alive, place = fates != DEAD, range(len(ids))
+    alive, place = fates != DEAD, range(len(names))
     if not alive.all():
         for row in np.flatnonzero(~alive).tolist():
             trouble, message = batch.troubles[rows.start + row], batch.messages[rows.start + row]
             out.dead.append(DeadLetter(message, trouble.reason, trouble.detail))
             out.value_bytes += len(message.value() or b"")
-        ids, columns = list(compress(ids, alive.tolist())), [column[alive] for column in columns]
+        names, columns = list(compress(names, alive.tolist())), [column[alive] for column in columns]
         place = (np.cumsum(alive) - 1).tolist()
     codes = out.codes.setdefault(number, CodesColumns())
-    if ids:
-        codes.batches.append(CodesRows._make([ids, *columns, vectors, [(place[row], gone) for row, gone in removed]]))
+    if names:
+        codes.batches.append(CodesRows._make([names, *columns, vectors, [(place[row], gone) for row, gone in removed]]))
     came = np.flatnonzero(fates == KEPT)
     kept.rows.extend((rows.start + came).tolist())
     kept.pairs.extend((here.start + pair_of[came]).tolist())

@@ -146,7 +146,7 @@ def _records(sealed: Sealed, outlet: Outlet) -> Iterable[_Record]:
     for number, key, value, headers in sealed.effects.kept:
         yield topics.kept, value, key, number, None, None, 0, headers
     for p, record in sealed.codes:
-        yield topics.codes, outlet.codes_codec.header + write_pair_codes(record), None, p
+        yield topics.codes, write_pair_codes(outlet.codes_codec.header, record), None, p
     for letter in sealed.effects.dead:
         message = letter.message
         yield topics.dead, message.value(), message.key(), message.partition(), None, None, 0, headers_of(letter)

@@ -157,7 +157,7 @@ class Life:
             self.open_decisions[row.offset] = self.decide(row, row.offset in seen)
 
     def decide_together(self, batch: list[Row]) -> None:
-        known, priorities = hash_ids(id_key(self.stream.seed), [row.id for row in batch])
+        known, priorities = hash_ids(id_key(self.stream.seed), [row.id.encode() for row in batch])
         offsets = np.array([row.offset for row in batch])
         firsts = self.partition.look_up(known)
         kinds = np.array(
@@ -172,7 +172,7 @@ class Life:
         vectors = [np.full(self.stream.tokens, row.offset % 65536) for row in pairs]
         rows = Rows(
             offsets,
-            [row.id for row in batch],
+            [row.id.encode() for row in batch],
             kinds,
             firsts,
             known,

@@ -59,7 +59,7 @@ def committed(vectors: np.ndarray, itm: tuple[float, float] = (0.5, 1.0)) -> Cod
     itms = np.full(n, np.nan, np.float32)
     itms[clusters >= 0] = np.random.default_rng(int(vectors.sum())).uniform(*itm, len(vectors))
     fates = np.zeros(n, np.uint8)
-    rows = CodesRows([""] * n, zeros, fates, clusters, zeros, zeros.astype(np.uint64), itms, zeros, vectors, [])
+    rows = CodesRows([b""] * n, zeros, fates, clusters, zeros, zeros.astype(np.uint64), itms, zeros, vectors, [])
     return CodesColumns([rows])
 
 

@@ -174,7 +174,7 @@ def test_columns_split_into_records_keep_every_row_with_its_own_vector(partition
     records = list(effects.codes[0].records(0, 0, "bundle", MODEL.tokens, bytes_max=300))
 
     # then
-    assert [pair_id for record in records for pair_id in record["ids"]] == [f"pair-{i % 7}" for i in range(20)]
+    assert [pair_id for record in records for pair_id in record["ids"]] == [b"pair-%d" % (i % 7) for i in range(20)]
     assert len(records) > 3
     assert all(sum(map(len, record["ids"])) + len(record["vectors"]) <= 2 * 300 for record in records)
     vectors = np.concatenate([np.frombuffer(r["vectors"], "<u2").reshape(-1, MODEL.tokens) for r in records])
