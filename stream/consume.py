@@ -308,7 +308,11 @@ def _fetched(announcement: Announcement, cache: Path, cancelled: Callable[[], bo
 
 
 def _beside(
-    announcement: Announcement, base: PairModel, cache: Path, options: ConsumeOptions, cancelled: Callable[[], bool]
+    announcement: Announcement,
+    base: PairModel,
+    cache: Path,
+    options: ConsumeOptions,
+    cancelled: Callable[[], bool] = never,
 ) -> PairModel:
     """The model of an announced bundle, with the networks of `base` where they are the same."""
     if announcement.uri.startswith(NULL):
