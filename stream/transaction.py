@@ -137,7 +137,7 @@ def commit(effects: Effects, partitions: Mapping[int, Partition], outlet: Outlet
 
 
 # topic, value, key, partition, callback, on_delivery, timestamp, headers: as `produce` takes them by place, which costs half of
-# taking them by name.
+# taking them by name. (Two names for one thing: where the first is None, the second is not asked.)
 _Record = tuple[Any, ...]
 
 
@@ -155,7 +155,7 @@ def _records(sealed: Sealed, outlet: Outlet) -> Iterable[_Record]:
             yield topics.changelog, entry, changed, p
         # Records of a partition are written in their order, so the last one tells the end.
         told = partial(_remember_end, partition=p, ends=sealed.ends)
-        yield topics.changelog, last, last_key, p, None, told
+        yield topics.changelog, last, last_key, p, told
 
 
 def _produce_all(sealed: Sealed, outlet: Outlet) -> None:
