@@ -32,6 +32,7 @@ HELD_OUT_SHARE = 5  # one row in so many is kept apart to measure the error of r
 ROWS_ENOUGH = 9_604  # tell a share within a point at 95 %, whatever it is: 1.96 √(½ · ½ ÷ 9,604)
 # Of a live centroid in a refit, in mean clusters' worth of rows; the strongest last.
 PULLS = (0.0, 0.25, 1.0, 4.0, 16.0)
+CORRECTED = 1.25**2  # corrected rows tell a share as well as so many times fewer that are counted: docs/drift.md
 WORTH = 0.03  # an error smaller by less than this share is worth no pair's moving (docs/tried.md)
 # What a refit and what it foretells take at once, in copies, as benchmarks/recluster_memory.py finds:
 SAMPLE_COPIES = (
@@ -227,7 +228,7 @@ def refit(live: Clustering, vectors: NDArray[np.uint16], apart: NDArray[np.uint1
 @dataclass(frozen=True)
 class Foretold:
     """What a refit does to pairs that it has not seen. moved  the share whose cluster changes; before, after  (N,) each
-    cluster's share of them; rows  that tell it.
+    cluster's share of them; rows  as many as would tell it as well by counting.
     """
 
     moved: float
@@ -271,7 +272,7 @@ def foretell(
                 pairs.append(seen(_numbered_as(live, moved, left_in), out))
         optimism = np.mean([unseen - its for unseen, its in pairs], axis=0)
         share = len(apart) / len(rows)
-        outside, known = share * outside + (1 - share) * (inside + optimism), len(rows)
+        outside, known = share * outside + (1 - share) * (inside + optimism), round(len(rows) / CORRECTED)
     else:
         known = len(apart)
     before = np.bincount(were, minlength=clusters) / len(rows)

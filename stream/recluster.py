@@ -284,7 +284,7 @@ def churn(
         n,
         of,
         moved,
-        _margin(moved, n, of),
+        margin_of(moved, n, of),
         len(cells),
         len(cells - cells_after),
         len(cells_after - cells),
@@ -296,10 +296,10 @@ def churn(
 def coming(told: Foretold) -> Coming:
     """What is foretold, with its ±."""
     quota = float(np.abs(told.after - told.before).sum()) / 2
-    return Coming(told.moved, _margin(told.moved, told.rows), quota)
+    return Coming(told.moved, margin_of(told.moved, told.rows), quota)
 
 
-def _margin(share: float, n: int, of: float = math.inf) -> float:
+def margin_of(share: float, n: int, of: float = math.inf) -> float:
     """The ± at 95 % of a share of `n` pairs, drawn from `of` (Wilson's interval: none is not known to be never)."""
     if n >= of:
         return 0.0

@@ -77,6 +77,31 @@ def test_rows_that_were_fitted_move_less_than_others_and_the_prediction_does_not
     assert predicted.moved == pytest.approx(moved(fresh), abs=predicted.margin)
 
 
+def test_the_margin_that_is_said_covers_what_then_comes_as_often_as_it_claims() -> None:
+    """Kinds without sharp borders, all of them new; benchmarks/foretold.py has more of it."""
+    dice = np.random.default_rng(8)
+    kinds = dice.dirichlet(np.full(60, 0.08), size=8)
+
+    def soft(rows: int, first: int) -> np.ndarray:
+        one, other = kinds[first + dice.integers(4, size=(2, rows))]
+        share = dice.random(rows)[:, None]
+        cumulated = (share * one + (1 - share) * other).cumsum(1)
+        codes: np.ndarray = (dice.random((rows, TOKENS, 1)) > cumulated[:, None]).sum(2).clip(max=59)
+        return codes.astype(np.uint16)
+
+    live = {form: fit(soft(2000, 0), CODEBOOK, 16, form) for form in FORMS}
+    stream, covered = soft(10_000, 4), []
+    for turn in range(120):
+        old = live[FORMS[turn % len(FORMS)]]
+        apart, fitted = np.split(soft(1000, 4), [200])
+        new = refit(old, fitted, apart)
+        said = coming(foretell(old, new, fitted, apart))
+        came = (old.assign(stream) != new.clustering.assign(stream)).mean()
+        covered.append(abs(said.moved - came) <= said.margin)
+
+    assert np.mean(covered) >= 0.95
+
+
 def noise(rows: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(60, size=(rows, TOKENS)).astype(np.uint16)
 
