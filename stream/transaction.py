@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
@@ -26,6 +27,8 @@ from stream.reduce import Effects
 from stream.topics import CODES_RECORD_BYTES, StreamTopics
 
 log = logging.getLogger(__name__)
+
+STORES_AT_ONCE = 8
 
 
 class Aborted(Exception):
@@ -119,9 +122,13 @@ def send(sealed: Sealed, outlet: Outlet) -> None:
 
 
 def keep(sealed: Sealed, partitions: Mapping[int, Partition]) -> None:
-    """Writes what was sent to the stores. By whoever decides, at a batch boundary."""
-    for p in sealed.changes:
-        partitions[p].commit(sealed.ends[p])
+    """Writes what was sent to the stores. By whoever decides, at a batch boundary.
+
+    To several stores at once, since half of the time is spent on waiting for the disk. Raises once all are done.
+    """
+    with ThreadPoolExecutor(min(len(sealed.changes), STORES_AT_ONCE) or 1, "keep") as pool:
+        for written in [pool.submit(partitions[p].commit, sealed.ends[p]) for p in sealed.changes]:
+            written.result()
 
 
 def commit(effects: Effects, partitions: Mapping[int, Partition], outlet: Outlet) -> None:
