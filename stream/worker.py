@@ -490,13 +490,15 @@ class Worker:
     def _check_keys(self, batch: list[Any]) -> None:
         """Counts records outside their key's murmur2 partition: ids are known only within a partition."""
         keys = [message.key() for message in batch]
-        if None in keys:
+        try:
+            homes = partitions_of(keys, self.outlet.partition_count).tolist()
+        except TypeError:  # one has no key
             batch = [message for message in batch if message.key() is not None]
-            keys = [message.key() for message in batch]
-        if not batch:
+            homes = partitions_of([message.key() for message in batch], self.outlet.partition_count).tolist()
+        numbers = [message.partition() for message in batch]
+        if homes == numbers:
             return
-        numbers = np.array([message.partition() for message in batch])
-        elsewhere = partitions_of(keys, self.outlet.partition_count) != numbers
+        elsewhere = np.array(homes) != np.array(numbers)
         # A takedown goes to every partition.
         misplaced = sum(batch[at].value() is not None for at in np.flatnonzero(elsewhere).tolist())
         if misplaced:
