@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -178,10 +178,9 @@ def measure(
             ended = last_commit(kafka, group, data, process)
         finally:
             process.send_signal(signal.SIGTERM)
-            try:
+            used: Any = None
+            with suppress(ChildProcessError):
                 _, _, used = os.wait4(process.pid, 0)
-            except ChildProcessError:
-                used = None
         log.seek(0)
         text = log.read()
     told = dict(line.split(" ", 1) for line in text.splitlines() if line.startswith(("first ", "seconds ")))

@@ -110,7 +110,7 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--kafka", action="append", help="a setting of a second contender; several: one each")
     given = options.parse_args()
-    from engine import broker_folder, delete_topics, fill
+    from engine import broker_folder, delete_topics, fill  # type: ignore[import-not-found]  # it lies beside this file
 
     from stream.broker import local_broker
     from stream.kafka import Connection

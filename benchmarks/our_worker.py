@@ -41,7 +41,7 @@ def main() -> None:
             print("first", time.time(), time.process_time(), flush=True)
             Intake.poll = receive  # type: ignore[method-assign]
 
-    Intake.poll = poll  # type: ignore[method-assign]
+    Intake.poll = poll  # type: ignore[method-assign, assignment]
     for step in ("seal", "send", "keep"):
         timed(stream.worker, step, step)
     timed(Partition, "changes", "changes")
@@ -61,7 +61,7 @@ def main() -> None:
             cpu = sum(os.times()[:2])
             print("seconds", json.dumps({**SECONDS, "stages": stages, "cpu": cpu}), flush=True)
 
-    Worker.run = ran  # type: ignore[method-assign]
+    Worker.run = ran  # type: ignore[method-assign, assignment]
     from stream.cli import main as program
 
     program()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import fastavro
-from quixstreams import Application, State, message_context
+from quixstreams import Application, State, message_context  # type: ignore[import-not-found]
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from state.quota import Ratio, kept_positions
@@ -32,7 +32,8 @@ SCHEMA = fastavro.schema.parse_schema(
 def read(value: bytes) -> dict[str, Any]:
     body = io.BytesIO(value)
     body.seek(HEADER_BYTES)
-    return fastavro.schemaless_reader(body, SCHEMA, None)
+    pair: dict[str, Any] = fastavro.schemaless_reader(body, SCHEMA, None)  # type: ignore[assignment]
+    return pair
 
 
 def is_kept(pair_id: str, partition: int, cluster: int, known: State, cells: State, seed: int) -> bool:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from confluent_kafka import Producer
@@ -121,7 +121,7 @@ def restarts(
 ) -> list[Restart]:
     """Kills a worker so many times, each time in the middle of its work or at rest."""
     connection = Connection(broker.bootstrap_servers)
-    create_missing(connection, {topic: {}} | StreamTopics(topic).settings(RECORD_BYTES), PARTITIONS)
+    create_missing(connection, {topic: {}, **StreamTopics(topic).settings(RECORD_BYTES)}, PARTITIONS)
     command = [
         sys.executable, "-m", "stream", "consume", "--topic", topic, *arguments, "--commit-interval-s", "0",
         "--state-dir", f"{folder}/{topic}", "--metrics-port", "0", "--bootstrap-servers", broker.bootstrap_servers,
@@ -153,7 +153,13 @@ def send(connection: Connection, topic: str, wave: int, pairs: Sequence[SourcePa
     producer, codec = connection.producer(linger_ms=5), Codec("RawPair")
     for n, pair in enumerate(pairs):
         pair_id = f"{wave}-{pair.id}"
-        record = {"id": pair_id, "caption": pair.caption, "image": pair.image, "image_uri": None, "fields": {}}
+        record: dict[str, Any] = {
+            "id": pair_id,
+            "caption": pair.caption,
+            "image": pair.image,
+            "image_uri": None,
+            "fields": {},
+        }
         producer.produce(topic, codec.encode(record), pair_id.encode(), n % PARTITIONS)
     producer.flush()
 
@@ -219,7 +225,7 @@ def restore_page(broker: LocalBroker, folder: Path, pairs: int, rounds: int) -> 
 def write_stream(connection: Connection, folder: Path, name: str, pairs: int) -> Written:
     """A stream that has counted so many pairs, and then those of its tail."""
     topics = StreamTopics(name)
-    create_missing(connection, {name: {}} | topics.settings(RECORD_BYTES), 1)
+    create_missing(connection, {name: {}, **topics.settings(RECORD_BYTES)}, 1)
     model = NullModel()
     settings = StreamSettings(
         1, topic_id(connection, name), 0, Ratio(1, 4), None, None, None, "none", model.space, model.tokens

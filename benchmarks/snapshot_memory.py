@@ -51,10 +51,11 @@ def produce(connection: Connection, topic: str, pairs: int) -> None:
     create_missing(connection, {topic: {}}, 2)
     codec, producer = Codec("RawPair"), connection.producer()
     for n in range(pairs):
-        record = {"id": f"https://example.org/{n}.jpg", "caption": f"picture {n}", "image": os.urandom(IMAGE_BYTES)}
+        pair_id = f"https://example.org/{n}.jpg"
+        record = {"id": pair_id, "caption": f"picture {n}", "image": os.urandom(IMAGE_BYTES)}
         while True:
             try:
-                producer.produce(topic, codec.encode(record), record["id"].encode())
+                producer.produce(topic, codec.encode(record), pair_id.encode())
                 break
             except BufferError:
                 producer.poll(0.1)

@@ -70,10 +70,11 @@ def show(when: str, pid: int, figures: dict[str, float]) -> None:
 def produce(connection: Connection, start: int, end: int) -> None:
     codec, producer = Codec("RawPair"), connection.producer()
     for n in range(start, end):
-        record = {"id": f"https://example.org/{n}.jpg", "caption": f"picture {n}", "image": os.urandom(IMAGE_BYTES)}
+        pair_id = f"https://example.org/{n}.jpg"
+        record = {"id": pair_id, "caption": f"picture {n}", "image": os.urandom(IMAGE_BYTES)}
         while True:
             try:
-                producer.produce(TOPIC, codec.encode(record), record["id"].encode())
+                producer.produce(TOPIC, codec.encode(record), pair_id.encode())
                 break
             except BufferError:
                 producer.poll(0.1)
