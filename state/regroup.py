@@ -82,12 +82,7 @@ class Regrouping:
 
         Raises StoreClosed, StoreFull.
         """
-        while True:
-            while not self.store.begin_grouping(self.epoch, self.bundle):
-                pass
-            found = self.store.ungrouped(self.epoch, self._until, TAIL_MAX)
-            if found.last:
-                break
+        while (found := self._left()) is None:
             self.step()
         tail = Tail(found.start, found.through, {}, {})
         for (_, entry), cluster in zip(found.rows, self._clusters(found), strict=True):
@@ -95,6 +90,17 @@ class Regrouping:
             tail.marks.setdefault(cluster, []).append(mark_of(rank_of(head.priority, head.rate), head.offset))
             tail.cluster_of[head.offset] = cluster
         return tail
+
+    def _left(self) -> Ungrouped | None:
+        """What is left to group, if that is little enough; None: a step has to come first."""
+        try:
+            if not self.store.begin_grouping(self.epoch, self.bundle):
+                return None
+        except RoomWanted:
+            self.store.make_room()
+            return None
+        found = self.store.ungrouped(self.epoch, self._until, TAIL_MAX)
+        return found if found.last else None
 
     def finish(self, cancelled: Callable[[], bool] = lambda: False) -> bool:
         """Steps until none is left; False: cancelled."""

@@ -46,8 +46,8 @@ def clusters_of(switch: int, clusters: int, moved: int = 5) -> Assign:
 class Stream:
     """A partition that is fed pairs, a commit for each call, and switched."""
 
-    def __init__(self, folder: Path, settings: StreamSettings, assign: Assign) -> None:
-        self.store = PartitionStore(folder, map_bytes=1 << 24)
+    def __init__(self, folder: Path, settings: StreamSettings, assign: Assign, map_bytes: int = 1 << 24) -> None:
+        self.store = PartitionStore(folder, map_bytes=map_bytes)
         self.settings = settings
         self.partition = Partition(self.store, settings, 0)
         self.assigns = [assign]
@@ -75,9 +75,10 @@ class Stream:
         epoch = self.partition.epoch + 1
         return Regrouping(self.store, epoch, f"bundle-{epoch}", assign, rows_a_step=100)
 
-    def switch(self, assign: Assign) -> None:
+    def switch(self, assign: Assign, *, prepared: bool = True) -> None:
         regrouping = self.regrouping(assign)
-        regrouping.step()
+        if prepared:
+            regrouping.step()
         epoch = self.partition.adopt(regrouping.bundle, "space", len(self.rows), regrouping.tail())
         self.assigns.append(assign)
         self.switches.append((len(self.rows), epoch))
@@ -111,6 +112,25 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Stream]]:
     yield one
     for stream in made:
         stream.store.close()
+
+
+def test_a_switch_that_finds_no_room_in_the_map_makes_some(tmp_path: Path) -> None:
+    # given: so many entries that the map is nearly full
+    stream = Stream(tmp_path, STREAM, clusters_of(0, 3), map_bytes=1 << 16)
+    stream.feed(208)
+    wanted, make_room = [], stream.store.make_room
+
+    def making_room() -> None:
+        wanted.append(stream.store.room_wanted)
+        make_room()
+
+    stream.store.make_room = making_room  # type: ignore[method-assign]
+
+    stream.switch(clusters_of(1, 3), prepared=False)
+
+    assert any(wanted)
+    assert stream.in_the_set() == stream.reference()
+    stream.store.close()
 
 
 def test_five_switches_that_move_a_fifth_of_the_entries_shrink_no_cell_that_is_under_its_cap(
