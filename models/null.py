@@ -6,9 +6,9 @@ bytes give the same vector, cluster and caption everywhere. Image bytes that sta
 
 import hashlib
 import re
-import zlib
 from collections.abc import Sequence
 from functools import partial
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from models.drift import Baseline
 from models.errors import BadImage, BundleError, Reason
 from models.model import Picture, Vectors
 
+BAD = b"BAD"
 DIGEST_BYTES = 4  # the "pixels" are a check sum
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 # A check sum of every byte of a picture would be most of the work at 30 KB; its ends and its size tell pictures apart.
@@ -62,14 +63,10 @@ class NullModel:
     def decode(self, image: bytes | memoryview) -> Picture:
         """The four bytes of a check sum of its ends and its size. Raises BadImage for none, and for those that start with
         b"BAD"."""
-        if not image or image[:3] == b"BAD":
+        if not image or (image[0] == BAD[0] and image[:3] == BAD):
             raise BadImage(Reason.NOT_AN_IMAGE, f"{len(image)} bytes that are empty or planted as bad")
         size = len(image)
-        ends = (
-            zlib.crc32(image[-END_BYTES:], zlib.crc32(image[:END_BYTES], size))
-            if size > END_BYTES
-            else zlib.crc32(image)
-        )
+        ends = crc32(image[-END_BYTES:], crc32(image[:END_BYTES], size)) if size > END_BYTES else crc32(image)
         # bytes, not an array, which would take longer to make than all else here
         return _picture((ends.to_bytes(DIGEST_BYTES, "little"), None))
 
@@ -102,7 +99,10 @@ class NullModel:
 
     def match(self, vectors: Vectors, captions: Sequence[str], pictures: Sequence[Picture] = ()) -> NDArray[np.float32]:
         """(n,) a hash of row and caption, uniform in [0, 1)."""
-        words = np.array([zlib.crc32(c.encode("utf-8", "surrogatepass")) for c in captions], np.uint64)
+        try:
+            words = np.array([crc32(caption.encode()) for caption in captions], np.uint64)
+        except UnicodeEncodeError:  # half of a surrogate pair: JSON may hold one
+            words = np.array([crc32(caption.encode("utf-8", "surrogatepass")) for caption in captions], np.uint64)
         mixed = _mixed(self._row_hashes(vectors) + words * GOLDEN)
         return (mixed >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
 

@@ -536,13 +536,13 @@ def _look_at_all(wanted: list[int], batch: _Batch, using: Reduction) -> tuple[di
     Each thread takes one share. A row whose image cannot be had or decoded becomes UNSEEN, and is not among them.
     """
     fetched: dict[int, bytes] = {}
-    decode = using.model.decode
+    decode, images = using.model.decode, batch.images
 
     def look_at(rows: list[int]) -> list[Picture | None]:
         pictures: list[Picture | None] = []
         for row in rows:
             try:
-                if (image := batch.images[row]) is None:
+                if (image := images[row]) is None:
                     image = fetched[row] = _fetched(batch.raws[row], using)
                 pictures.append(decode(image))
             except BadImage as error:

@@ -67,7 +67,9 @@ class Sealed(NamedTuple):
 
     effects: Effects
     changes: dict[int, list[Record]]  # partition → changelog records
-    codes: list[tuple[int, dict[str, Any]]]  # partition, PairCodes record
+    codes: list[
+        tuple[int, Iterable[dict[str, Any]]]
+    ]  # partition, PairCodes records, which are made while they are sent
     offsets: list[TopicPartition]
     group: Any  # who we are in the group now: once it has changed, the broker refuses the offsets
     ends: dict[int, int]  # partition → end of its changelog, as far as it is known
@@ -78,11 +80,13 @@ def seal(effects: Effects, partitions: Mapping[int, Partition], outlet: Outlet) 
     touched = sorted(effects.codes.keys() | effects.switched | {letter.message.partition() for letter in effects.dead})
     group = outlet.consumer.consumer_group_metadata()
     codes = [
-        (p, record)
-        for p, columns in effects.codes.items()
-        for record in columns.records(
-            p, partitions[p].epoch, partitions[p].bundle or "", partitions[p].settings.tokens, CODES_RECORD_BYTES
+        (
+            p,
+            columns.records(
+                p, partitions[p].epoch, partitions[p].bundle or "", partitions[p].settings.tokens, CODES_RECORD_BYTES
+            ),
         )
+        for p, columns in effects.codes.items()
     ]
     now_ms = int(outlet.wall_clock() * 1000)
     return Sealed(
@@ -152,8 +156,9 @@ def _records(sealed: Sealed, outlet: Outlet) -> Iterable[_Record]:
     topics = outlet.topics
     for number, key, value, headers in sealed.effects.kept:
         yield topics.kept, value, key, number, None, None, 0, headers
-    for p, record in sealed.codes:
-        yield topics.codes, write_pair_codes(outlet.codes_codec.header, record), None, p
+    for p, its in sealed.codes:
+        for record in its:
+            yield topics.codes, write_pair_codes(outlet.codes_codec.header, record), None, p
     for letter in sealed.effects.dead:
         message = letter.message
         yield topics.dead, message.value(), message.key(), message.partition(), None, None, 0, headers_of(letter)

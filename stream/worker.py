@@ -46,8 +46,9 @@ POLL_WAIT_S = 0.2
 PENDING_WAIT_S = 0.05
 # How long a poll may keep the loop from what became of the transaction that is being sent.
 SENDING_WAIT_S = 0.01
-# Effects are committed early when they weigh this much: they wait in memory until then.
-EFFECT_BYTES_MAX = 32 * 1024 * 1024
+# Effects are committed early when they weigh this much: they wait in memory until then. 100,000 small records, which may be a
+# second of them, weigh about as much.
+EFFECT_BYTES_MAX = 48 * 1024 * 1024
 # A partition that is taken away waits this long for the batch in the model; then the batch is given up. Below
 # max.poll.interval.ms, which bounds how long the group waits for us.
 REVOKE_BUDGET_S = 20.0
