@@ -58,6 +58,8 @@ FAULTS = {
 LATE_WORKER, LATE_S = 2, 5.0
 
 
+# How a worker may leave by itself: no broker, fenced. Of any other status the report says why.
+EXPECTED = (3, 7)
 # Faults that do not hit a worker.
 NOBODY = {"broker": -1, "switch": -2}
 BUNDLES = ("null:1/16", "null:2/5", "null:3/24")
@@ -146,6 +148,7 @@ class Storm:
         self.workers: list[WorkerProcess | None] = [None] * WORKERS
         self.back_at: dict[int, tuple[float, str]] = {}  # worker or -1 → when it is back from which fault
         self.exits: Counter[str] = Counter()
+        self.unexpected: list[str] = []
         self.sent = self.announced = 0
         self._codec = Codec("RawPair")
 
@@ -269,6 +272,8 @@ class Storm:
             if worker is not None and number not in self.back_at and not worker.running:
                 status = worker.process.returncode
                 self.exits[str(status)] += 1
+                if status not in EXPECTED:
+                    self.unexpected.append(f"worker {number} left with status {status}: {worker.log.strip()[-500:]}")
                 self.history.append("left", worker=number, status=status, log=worker.log[-1500:])
                 self.back_at[number] = now + SUPERVISOR_WAIT_S, "left"
 
@@ -364,7 +369,7 @@ class Storm:
             dict(self.exits),
             seconds,
             f"{datetime.now(UTC):%Y-%m-%d}",
-            [] if findings.anomalies == Findings().anomalies else findings.lines(),
+            [*self.unexpected, *([] if findings.anomalies == Findings().anomalies else findings.lines())],
         )
 
     def _events(self, what: str) -> Iterator[dict[str, str]]:
