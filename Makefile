@@ -18,8 +18,8 @@ check: setup ## lint and types only
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-tests: setup ## the tests only, two files at a time: most of their time is waiting
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+tests: setup ## the tests only
+	$(BIN)/python -m pytest
 
 setup: .build/venv .build/kafka/ready ## virtual environment and local Kafka (network needed the first time)
 
