@@ -110,9 +110,13 @@ class Assignment:
         Returns whether any of them was consumed: the client then knows of it.
         """
         for number in partitions:
+            if number in self._restoring:
+                self._restoring[number].cancel.set()
+        for number in partitions:
             self._waiting.pop(number, None)
             if restoring := self._restoring.pop(number, None):
-                restoring.cancel.set()
+                if restoring.future.cancel():  # it waited for its turn behind others
+                    continue
                 try:
                     restored = restoring.future.result()  # it looks at the flag between two reads
                 except Exception as error:  # whoever has the partition now will meet it again

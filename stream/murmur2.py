@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+TOGETHER_BYTES = 4 << 20
 # org.apache.kafka.common.utils.Utils.murmur2
 SEED = np.uint32(0x9747B28C)
 M = np.uint32(0x5BD1E995)
@@ -22,6 +23,14 @@ def partitions_of(keys: Sequence[bytes], partition_count: int) -> NDArray[np.int
 
 
 def _murmur2(keys: Sequence[bytes]) -> NDArray[np.uint32]:
+    # All are made as long as the longest: one that is very long must not make many so.
+    step = max(1, TOGETHER_BYTES // (max(map(len, keys), default=0) + 4))
+    if len(keys) <= step:
+        return _murmur2_of_some(keys)
+    return np.concatenate([_murmur2_of_some(keys[at : at + step]) for at in range(0, len(keys), step)])
+
+
+def _murmur2_of_some(keys: Sequence[bytes]) -> NDArray[np.uint32]:
     count = len(keys)
     lengths = np.fromiter(map(len, keys), np.int64, count)
     if not count:

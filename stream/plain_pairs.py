@@ -102,7 +102,8 @@ def _cut(
     captions = [record[at:end].decode() for record, at, end in zip(records, caption_at, caption_end, strict=True)]
     images = [record[at:end] for record, at, end in zip(records, image_at, image_end, strict=True)]
     tails = [record[at:] for record, at in zip(records, image_end, strict=True)]
-    b"".join(ids).decode()
+    # Each by itself: no letter of several bytes holds a line feed, so halves of one do not make a whole.
+    b"\n".join(ids).decode()
     if not b"".join(tails).isascii():
         for tail in tails:
             if not tail.isascii():

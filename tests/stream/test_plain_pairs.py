@@ -68,3 +68,10 @@ def test_a_text_that_is_none_leaves_everything_to_be_read_alone() -> None:
     assert read_plain_pairs([whole, whole], RAW.header).rows == [0, 1]
     assert read_plain_pairs([whole, damaged], RAW.header).rows == []
     assert read_plain_pairs([whole, RAW.encode({**PAIR, "caption": " \u3000"})], RAW.header).rows == []
+
+
+def test_two_halves_of_a_letter_in_neighbouring_ids_are_none() -> None:
+    whole = RAW.encode({**PAIR, "id": "abcd"})
+    halves = [whole.replace(b"abcd", b"abc\xc3"), whole.replace(b"abcd", b"\xa4bcd")]
+
+    assert read_plain_pairs(halves, RAW.header).rows == []
