@@ -127,7 +127,7 @@ class BundleSwitch:
 
     def pending(self, running: Mapping[int, Partition]) -> bool:
         """Whether one of these partitions is still to be switched to the target."""
-        return any(self._wants(partition, self.target.version) for partition in running.values())
+        return any(self._wants(p, self.target.version) and _is_committed(p) for p in running.values())
 
     def has(self, partition: Partition) -> bool:
         """Whether the bundle that a partition runs with is loaded here."""
@@ -350,10 +350,18 @@ class BundleSwitch:
             return Regrouping(store, switch.epoch, switch.bundle, model.assign, switch.input_offset).step()
         if not self._wants(partition, target.version):
             return sweep(store)
+        # An abort would go back to before the present epoch, and leave behind what is grouped for the one after it.
+        if not _is_committed(partition):
+            return False
         more = Regrouping(store, switch.epoch + 1, target.version, target.assign).step()
         if not more and self._target is target:
             self._ready[number] = partition, target.version
         return more
+
+
+def _is_committed(partition: Partition) -> bool:
+    """Whether the present epoch of a partition is; one that has nothing committed has nothing to lose."""
+    return partition.committed is None or partition.committed.epoch == partition.epoch
 
 
 def _another(live: str, given: str) -> str:

@@ -298,6 +298,24 @@ def test_a_fetch_that_hangs_holds_up_neither_a_partition_that_is_taken_back_nor_
     arrives.set()
 
 
+def test_nothing_is_grouped_for_the_epoch_after_one_that_is_not_committed(worker: Worker) -> None:
+    worker.run(0)
+    worker.feed(0, 20)
+    announce_folder(worker.kafka, "null:1/2", worker.name)
+    worker.until_ready(0)
+    partition = worker.running[0]
+    assert worker.switch.adopt(partition)
+
+    newest = announce_folder(worker.kafka, "null:2/3", worker.name)
+    until(lambda: worker.switch.target.version == newest.version, "it is the target", 20)
+    worker.switch._prepare()
+
+    assert not partition.store.grouped(2, newest.version, 0)
+    worker.commit(0)
+    worker.switch_over(0)
+    assert partition.bundle == newest.version
+
+
 def test_whatever_is_wrong_with_a_bundle_the_live_one_goes_on(worker: Worker) -> None:
     worker.run(0)
     worker.broken.add("null:1/2")
