@@ -85,6 +85,8 @@ class BundleSwitch:
         self._place: dict[str, int] = {}  # version → its place in the order of the announcements
         self._one_at_a_time = threading.Lock()
         self._looking = threading.Lock()
+        # Neither is the epoch begun for which the thread is grouping, nor is grouped for another one what is being begun.
+        self._epochs = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="bundles", daemon=True)
 
@@ -138,6 +140,10 @@ class BundleSwitch:
 
         What was kept since the thread last looked is grouped here, in memory: entries of a commit or two.
         """
+        with self._epochs:
+            return self._adopt(partition)
+
+    def _adopt(self, partition: Partition) -> bool:
         target, switch = self.target, partition.switch
         # Another target may have come since it was asked which partitions are ready.
         is_ready = self._wants(partition, target.version) and self._is_grouped(partition, target.version)
@@ -158,11 +164,13 @@ class BundleSwitch:
 
     def begin(self, partition: Partition, next_offset: int) -> None:
         """The bundle of a restored partition: its own, or where it has none yet the target."""
-        straight = self._straight.pop(partition.partition, None)
-        if partition.switch is None or straight is not None:
-            model = straight or self.target
-            partition.adopt(model.version, model.space, next_offset)
-        elif self._announced is None and partition.bundle != self.base.version:
+        with self._epochs:
+            straight = self._straight.pop(partition.partition, None)
+            if partition.switch is None or straight is not None:
+                model = straight or self.target
+                partition.adopt(model.version, model.space, next_offset)
+                return
+        if self._announced is None and partition.bundle != self.base.version:
             raise TldrError(_another(partition.bundle or "", self.base.version))
 
     def keep_only_what_is_used(self) -> None:
@@ -334,7 +342,8 @@ class BundleSwitch:
         busy, target = False, self.target
         for number, partition in self._running().items():
             try:
-                busy |= self._step(number, partition, target)
+                with self._epochs:
+                    busy |= self._step(number, partition, target)
             except StoreClosed:  # it was taken back
                 continue
             except StateError as error:
@@ -343,7 +352,7 @@ class BundleSwitch:
 
     def _step(self, number: int, partition: Partition, target: PairModel) -> bool:
         switch, store = partition.switch, partition.store
-        if switch is None or store.room_wanted:
+        if switch is None or store.room_wanted or number in self._straight or target is not self.target:
             return False
         model = self.models.get(switch.bundle)
         if model is not None and not store.grouped(switch.epoch, switch.bundle, switch.input_offset):

@@ -273,6 +273,28 @@ def test_a_straight_way_that_was_not_gone_is_forgotten(worker: Worker, late: Wor
     assert (partition.epoch, partition.bundle) == (1, own.version)
 
 
+def test_a_straight_way_that_is_about_to_be_gone_is_not_grouped_for_a_newer_bundle(
+    worker: Worker, late: Worker
+) -> None:
+    worker.run(0)
+    worker.feed(0, 5)
+    announce_folder(worker.kafka, "null:1/2", worker.name)
+    worker.switch_over(0)
+    worker.close(0)
+    late.missing.add("null:1/2")
+    straight = announce_folder(worker.kafka, "null:3/4", worker.name)
+    partition = late.running[0] = late.open(0)
+    assert late.switch.make_ready(partition, 5, lambda: False)
+
+    # when: a newer one comes before the loop has begun with it
+    announce_folder(worker.kafka, "null:2/3", worker.name)
+    late.switch._look()
+    late.switch._prepare()
+    late.switch.begin(partition, 5)
+
+    assert (partition.epoch, partition.bundle) == (2, straight.version)
+
+
 def test_a_fetch_that_hangs_holds_up_neither_a_partition_that_is_taken_back_nor_the_end(
     worker: Worker, late: Worker
 ) -> None:
