@@ -7,7 +7,8 @@ Knows only the plainest form, and leaves the rest to whoever can read more.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import compress
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,13 +85,14 @@ def read_plain_pairs(records: Sequence[bytes], header: bytes, bytes_max: int = P
         small = [small[at] for at in found.tolist()]
     places = [(edge - starts)[found].tolist() for edge in (id_at, id_end, caption_at, caption_end, image_at, image_end)]
     try:
-        pairs = _cut(small, *places)
+        columns: list[list[Any]] = [rows[found].tolist(), *_cut(small, *places)]
     except UnicodeDecodeError:
         return NONE_PLAIN
     begins = data[caption_at[found]]  # no caption of letters and figures is blank
-    if ((begins < 33) | (begins > 126)).any() and any(map(str.isspace, pairs[1])):
-        return NONE_PLAIN
-    return PlainPairs(rows[found].tolist(), *pairs)
+    if ((begins < 33) | (begins > 126)).any():
+        told = [not caption.isspace() for caption in columns[2]]
+        columns = [list(compress(column, told)) for column in columns]
+    return PlainPairs(*columns)
 
 
 def _cut(

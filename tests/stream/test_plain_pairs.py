@@ -62,12 +62,19 @@ def test_bytes_of_any_kind_are_no_trouble(first: bytes, second: bytes) -> None:
         assert (name.decode(), caption, image) == read_raw_pair(records[row], HEADER_BYTES)[:3]
 
 
+def test_a_blank_caption_leaves_its_own_record_to_be_read_alone() -> None:
+    records = [
+        RAW.encode({**PAIR, "id": caption, "caption": caption}) for caption in ("a cat", "\u2003 \n", "\tein Kater")
+    ]
+
+    assert read_plain_pairs(records, RAW.header)[:2] == ([0, 2], [b"a cat", b"\tein Kater"])
+
+
 def test_a_text_that_is_none_leaves_everything_to_be_read_alone() -> None:
     whole, damaged = RAW.encode(PAIR), RAW.encode(PAIR).replace(b"cat", b"c\xe4t")
 
     assert read_plain_pairs([whole, whole], RAW.header).rows == [0, 1]
     assert read_plain_pairs([whole, damaged], RAW.header).rows == []
-    assert read_plain_pairs([whole, RAW.encode({**PAIR, "caption": " \u3000"})], RAW.header).rows == []
 
 
 def test_two_halves_of_a_letter_in_neighbouring_ids_are_none() -> None:
