@@ -65,11 +65,12 @@ def work(broker: str, arguments: list[str]) -> None:
     receive, close = Intake.poll, Worker._close
     first: dict[str, Any] = {}
 
-    def poll(intake: Intake, wait_s: float) -> None:
-        receive(intake, wait_s)
+    def poll(intake: Intake, wait_s: float) -> Any:
+        came = receive(intake, wait_s)
         if len(intake):
             first.update(cpu=all_cpu(broker), at=time.monotonic())
             Intake.poll = receive  # type: ignore
+        return came
 
     def closing(worker: Worker) -> None:
         used = {kind: seconds - first["cpu"].get(kind, 0.0) for kind, seconds in all_cpu(broker).items()}

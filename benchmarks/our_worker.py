@@ -1,6 +1,6 @@
 """`python -m stream ARGUMENTS`, but it says when the first record came and, at its end, where its time went.
 
-Nothing of the program is changed: five calls are passed through and timed. `engine.py` reads what is printed.
+Nothing of the program is changed: six calls are passed through and timed. `engine.py` reads what is printed.
 """
 
 from __future__ import annotations
@@ -35,17 +35,18 @@ def timed(owner: Any, name: str, what: str) -> None:
 def main() -> None:
     receive = Intake.poll
 
-    def poll(intake: Intake, wait_s: float) -> None:
-        receive(intake, wait_s)
+    def poll(intake: Intake, wait_s: float) -> list[Any]:
+        came = receive(intake, wait_s)
         if len(intake):
             print("first", time.time(), time.process_time(), flush=True)
             Intake.poll = receive  # type: ignore[method-assign]
+        return came
 
-    Intake.poll = poll  # type: ignore[method-assign, assignment]
-    for step in ("seal", "send", "keep"):
+    Intake.poll = poll  # type: ignore[method-assign]
+    for step in ("seal", "send", "write", "keep"):
         timed(stream.worker, step, step)
     timed(Partition, "changes", "changes")
-    timed(PartitionStore, "apply", "apply")
+    timed(PartitionStore, "apply_beside", "apply")
     run = Worker.run
 
     def ran(worker: Worker) -> None:

@@ -149,6 +149,7 @@ class _Layer:
         "switched",
         "taken_down",
         "touched_heaps",
+        "written",
     )
 
     def __init__(self) -> None:
@@ -161,6 +162,7 @@ class _Layer:
         self.touched_heaps: set[tuple[int, int]] = set()
         self.changes: list[Record] = []  # of a sealed transaction,
         self.position: Position | None = None  # and where it leads
+        self.written = False  # to the store, though what is read of that does not show it yet
 
 
 class _Cells:
@@ -194,7 +196,7 @@ class Partition:
 
     Every input offset goes, in order, through exactly one of `decide`, `duplicate`, `dead`, `take_down` and `decide_all`. Then
     `changes` seals the open transaction and gives its changelog records, and `commit` or `abort` ends it. Between `changes` and
-    `commit` the next transaction may go on; there is one sealed transaction at a time.
+    `commit` the next transaction may go on, and `write` be called beside it; there is one sealed transaction at a time.
     """
 
     next_offset: int | None  # the next input offset; None: nothing read yet
@@ -648,14 +650,25 @@ class Partition:
         self._evicted = self._removed = self._lost = 0
         return records
 
-    def commit(self, changelog_position: int) -> None:
-        """Write the sealed transaction to the store, after Kafka has committed it.
+    def write(self, changelog_position: int) -> None:
+        """Writes the sealed transaction to the store, after Kafka has committed it, if there is room in the store's map.
 
+        May be called from another thread while the next transaction goes on, which reads the store as it was until `commit`
+        shows it.
         changelog_position  the changelog offset behind the transaction. Raises StoreFull; nothing is lost then.
         """
         if self._sealed is None:
+            raise ValueError("nothing to write: ask for the changes first, and write them to Kafka")
+        self._sealed.written = self.store.apply_beside(self._sealed.changes, changelog_position)
+
+    def commit(self, changelog_position: int) -> None:
+        """Ends the sealed transaction, after Kafka has committed it: the store has it, and shows it. Raises as `write`."""
+        if self._sealed is None:
             raise ValueError("nothing to commit: ask for the changes first, and write them to Kafka")
-        self.store.apply(self._sealed.changes, changelog_position)
+        if self._sealed.written:
+            self.store.refresh()
+        else:
+            self.store.apply(self._sealed.changes, changelog_position)
         self.committed, self._sealed = self._sealed.position, None
         self._looked_up = {}
         for cells in self._cells.values():

@@ -138,8 +138,8 @@ def _encoded(grouping: Grouping) -> bytes:
 class PartitionStore:
     """Open (or make) the store in the folder `path`. One open store a folder and process.
 
-    One thread at a time, but for what is said to work beside it: grouping has its own transactions, and a lock keeps them
-    from those of `apply`.
+    One thread at a time, but for what is said to work beside it: that has transactions of its own, and a lock keeps them from
+    those of `apply`.
 
     Raises StoreCorrupt where the folder holds something else or something damaged.
     """
@@ -210,6 +210,20 @@ class PartitionStore:
             finally:
                 self._begin_view()
 
+    def apply_beside(self, records: Iterable[Record], changelog_position: int) -> bool:
+        """`apply` from any thread, while the store's user reads on: he sees it once he calls `refresh`.
+
+        False: nothing happened, since the map is too small for it, which only `apply` can enlarge. Raises as `apply`, and
+        StoreClosed.
+        """
+        records = list(records)
+        try:
+            with self._beside() as txn:
+                self._put_all(txn, records, changelog_position)
+        except RoomWanted:
+            return False
+        return True
+
     def _begin_view(self) -> None:
         self._behind = False
         self._read = self._env.begin()
@@ -222,12 +236,15 @@ class PartitionStore:
         """One write transaction, opened, filled and committed here; False: the map is too small for it."""
         try:
             with self._env.begin(write=True) as txn:
-                self._write(txn, records)
-                txn.put(b"position", changelog_position.to_bytes(8, "big"), db=self._meta)
-                txn.put(b"layout", _LAYOUT, db=self._meta)
+                self._put_all(txn, records, changelog_position)
         except lmdb.MapFullError:
             return False
         return True
+
+    def _put_all(self, txn: lmdb.Transaction[bytes], records: list[Record], changelog_position: int) -> None:
+        self._write(txn, records)
+        txn.put(b"position", changelog_position.to_bytes(8, "big"), db=self._meta)
+        txn.put(b"layout", _LAYOUT, db=self._meta)
 
     def _write(self, txn: lmdb.Transaction[bytes], records: list[Record]) -> None:
         """Gather the effects of all records first, so that each database is written once and in the order of its keys.
@@ -472,6 +489,8 @@ class PartitionStore:
             except lmdb.MapFullError as error:
                 self.room_wanted = True
                 raise RoomWanted(f"the map of the store {self.path} is full") from error
+            except _NOT_OURS as error:
+                self._refuse(error)
             except lmdb.Error as error:
                 self._explain(error)
 

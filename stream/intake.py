@@ -65,14 +65,14 @@ class Intake:
     def __len__(self) -> int:
         return len(self._buffer)
 
-    def poll(self, wait_s: float) -> None:
+    def poll(self, wait_s: float) -> list[Message]:
         """Fetches into the buffer and serves the group's callbacks; waits at most `wait_s` for the first message.
 
-        Raises Fenced or Stopped where consuming cannot go on.
+        Returns what came. Raises Fenced or Stopped where consuming cannot go on.
         """
         full = self.buffered_bytes >= self.bytes_max
         if full and self._clock() - self._polled_at < FULL_POLL_EVERY_S:
-            return
+            return []
         if full:
             self._pause()
         elif self._paused and self.buffered_bytes <= self.bytes_max * (1 - RESUME_SHARE):
@@ -96,6 +96,7 @@ class Intake:
         # Started inside the call by a callback of the group: what the call returned may come from before or from after it.
         for partition, offset in restarted.items():
             self.go_back(partition, offset)
+        return fresh
 
     def _sorted_out(self, messages: list[Message], restarted: Collection[int]) -> list[Message]:
         """The messages that are ones, and of partitions that we consume; what the others tell is noted. Raises as `poll`."""

@@ -1,8 +1,8 @@
 """Effects → Kafka, then LMDB: one batch of effects becomes visible as a whole, or not at all.
 
 Writes; decides nothing. The transaction is begun only when everything that goes into it is known, so its life is that of a
-flush and a commit, and a slow model cannot outlive `transaction.timeout.ms`. It goes in three steps, `seal`, `send` and `keep`,
-of which `send` may run in a thread of its own while the next batches are decided; `commit` is all three.
+flush and a commit, and a slow model cannot outlive `transaction.timeout.ms`. It goes in four steps, `seal`, `send`, `write` and
+`keep`, of which `send` and `write` may run in a thread of their own while the next batches are decided; `commit` is all four.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def send(sealed: Sealed, outlet: Outlet) -> None:
     """Makes a sealed transaction visible as a whole, or not at all.
 
     1. begin  2. produce kept pairs and tombstones, codes, dead letters, changelog, and flush  3. add the consumed offsets
-    4. commit Kafka. A crash before 4 leaves nothing; between 4 and `keep` it costs the replay of one transaction.
+    4. commit Kafka. A crash before 4 leaves nothing; between 4 and the end of `write` it costs the replay of one transaction.
 
     Raises Aborted (nothing happened; abort the partitions, go back and do it again), Fenced (another worker owns what this one
     wrote to; touch nothing more), ProducerLost (ask the changelog what happened) or Stopped (the same would happen again).
@@ -125,18 +125,24 @@ def send(sealed: Sealed, outlet: Outlet) -> None:
         _abort(producer, error, attempt_s)
 
 
-def keep(sealed: Sealed, partitions: Mapping[int, Partition]) -> None:
-    """Writes what was sent to the stores. By whoever decides, at a batch boundary.
+def write(sealed: Sealed, partitions: Mapping[int, Partition]) -> None:
+    """Writes what was sent to the stores.
 
-    To several stores at once, since half of the time is spent on waiting for the disk. Raises once all are done.
+    To several stores at once, since half of the time is spent on waiting for the disk. Raises StateError once all are done.
     """
-    with ThreadPoolExecutor(min(len(sealed.changes), STORES_AT_ONCE) or 1, "keep") as pool:
-        for written in [pool.submit(partitions[p].commit, sealed.ends[p]) for p in sealed.changes]:
+    with ThreadPoolExecutor(min(len(sealed.changes), STORES_AT_ONCE) or 1, "write") as pool:
+        for written in [pool.submit(partitions[p].write, sealed.ends[p]) for p in sealed.changes]:
             written.result()
 
 
+def keep(sealed: Sealed, partitions: Mapping[int, Partition]) -> None:
+    """Reads from now on what was written. By whoever decides, at a batch boundary. Raises StateError."""
+    for p in sealed.changes:
+        partitions[p].commit(sealed.ends[p])
+
+
 def commit(effects: Effects, partitions: Mapping[int, Partition], outlet: Outlet) -> None:
-    """`seal`, `send` and `keep`, one after the other. Raises what `send` raises; if it is Aborted, the partitions are, too."""
+    """`seal`, `send`, `write`, `keep`, one after the other. Raises as they do; at Aborted the partitions are aborted, too."""
     sealed = seal(effects, partitions, outlet)
     try:
         send(sealed, outlet)
@@ -144,6 +150,7 @@ def commit(effects: Effects, partitions: Mapping[int, Partition], outlet: Outlet
         for partition in partitions.values():
             partition.abort()
         raise
+    write(sealed, partitions)
     keep(sealed, partitions)
 
 

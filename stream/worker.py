@@ -23,7 +23,7 @@ import numpy as np
 from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
 
 from state.changelog import Totals
-from state.partition import Fate
+from state.partition import Fate, Partition
 from stream.allocator import give_back
 from stream.assignment import Assignment, Restore
 from stream.broker_errors import refuses_entry, says_fenced
@@ -37,7 +37,7 @@ from stream.metrics import Metrics
 from stream.murmur2 import partitions_of
 from stream.reduce import Cancelled, CodesColumns, Effects, Reduction, reduce_batch
 from stream.restore import Restored
-from stream.transaction import Aborted, Outlet, ProducerLost, Sealed, Undelivered, keep, seal, send
+from stream.transaction import Aborted, Outlet, ProducerLost, Sealed, Undelivered, keep, seal, send, write
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class Pace:
 
 @dataclass(frozen=True)
 class _Sending:
-    """A transaction on its way to Kafka."""
+    """A transaction on its way to Kafka and to the stores."""
 
     sealed: Sealed
     spans: dict[int, tuple[int, int]]  # partition → its first and last offset in it
@@ -198,7 +198,7 @@ class Worker:
 
     def _turn(self) -> None:
         self._turned_at = self._clock()
-        self.intake.poll(self._poll_wait_s())
+        came = self.intake.poll(self._poll_wait_s())
         if self._trouble is not None:
             raise self._trouble
         if self.intake.out_of_range:
@@ -208,6 +208,8 @@ class Worker:
         if self.assignment.joined and self._group_has_gap():
             self._join_again()
         self.assignment.start_restored()
+        if came:  # here, since the model works meanwhile
+            self._check_keys(came)
         if self._pending is not None:
             wait([self._pending], PENDING_WAIT_S)
             if self._pending.done():
@@ -241,7 +243,6 @@ class Worker:
         return POLL_WAIT_S
 
     def _submit(self, batch: list[Any]) -> None:
-        self._check_keys(batch)
         if log.isEnabledFor(logging.DEBUG):
             spans = _spans_of(batch)
             log.debug("batch of %d: %s", len(batch), place(self.topic, spans), extra=at("batch", self.topic, spans))
@@ -249,7 +250,7 @@ class Worker:
         running = dict(self.assignment.running)
         self._pending = self._model_thread.submit(self._reduce, batch, running)
 
-    def _reduce(self, batch: list[Any], running: dict[int, Any]) -> Effects:
+    def _reduce(self, batch: list[Any], running: dict[int, Partition]) -> Effects:
         began = self._clock()
         effects = self._effects
         reduce_batch(batch, running, self.using, effects, self._give_up.is_set)
@@ -304,7 +305,12 @@ class Worker:
         spans = self._open_spans()
         sealed = seal(effects, self.assignment.running, self.outlet)
         self._dead_share.seal()
-        self._sending = _Sending(sealed, spans, since, self._send_thread.submit(send, sealed, self.outlet))
+        done = self._send_thread.submit(self._send, sealed, dict(self.assignment.running))
+        self._sending = _Sending(sealed, spans, since, done)
+
+    def _send(self, sealed: Sealed, partitions: dict[int, Partition]) -> None:
+        send(sealed, self.outlet)
+        write(sealed, partitions)
 
     def _end_commit(self) -> None:
         """Waits for what becomes of the transaction that is being sent, and takes it over. At a batch boundary."""

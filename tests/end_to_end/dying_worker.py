@@ -145,7 +145,7 @@ def _become_mortal(nth: int, within: Iterable[str], at: str, how: int, report: P
         (stream.consume, ("_producer", "restore", "_beside", "prune")),
         (stream.restore, ("group_offsets", "start_offsets", "end_offsets", "_open", "_where_to_go_on")),
         (shutil, ("rmtree",)),
-        (PartitionStore, ("__init__", "apply", "close", "begin_grouping", "group", "sweep")),
+        (PartitionStore, ("__init__", "apply", "apply_beside", "close", "begin_grouping", "group", "sweep")),
         (BundleSwitch, ("make_ready", "adopt", "begin", "_choose")),
         (Assignment, ("assigned", "revoked")),
         (Intake, ("start", "stop")),

@@ -220,6 +220,22 @@ class Life:
             self.sealed = False
             self.partition.commit(end)
 
+    def write_while_the_next_is_decided(self, *, in_sight: bool = False) -> None:
+        """The store has the transaction before the partition ends it; in sight: and what is read of the store shows it."""
+        if self.kafka_commits():
+            end = self.end
+            self.sealed = True
+            self.process(2)
+            self.partition.write(end)
+            if in_sight:
+                self.store.make_room()
+            self.process(3)
+            self.sealed = False
+            self.partition.commit(end)
+
+    def write_in_sight_while_the_next_is_decided(self) -> None:
+        self.write_while_the_next_is_decided(in_sight=True)
+
     def abort_while_the_next_is_decided(self) -> None:
         """The transaction was sealed and Kafka refused it: what came on top of it is forgotten, too."""
         if self.open_decisions:
@@ -298,6 +314,7 @@ class Life:
 
 ENDINGS = ["go on", "commit", "commit", "abort", "crash", "crash_after_kafka_committed", "move", "compact"]
 ENDINGS += ["compact_and_drop_tombstones", "commit_while_the_next_is_decided", "abort_while_the_next_is_decided"]
+ENDINGS += ["write_while_the_next_is_decided", "write_in_sight_while_the_next_is_decided"]
 ENDINGS += ["prepare", "prepare", "prepare_another"]
 steps = st.lists(st.tuples(st.integers(1, 12), st.sampled_from(ENDINGS)), max_size=12)
 

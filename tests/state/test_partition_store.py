@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -264,6 +265,31 @@ def test_a_full_disk_is_one_clear_error_and_nothing_is_lost(tmp_path: Path) -> N
         for number in range(200):
             whole.apply(a_batch(number), number + 1)
         assert dict(store.items()) == dict(whole.items())
+
+
+def test_what_is_written_beside_shows_once_its_user_looks_again(tmp_path: Path) -> None:
+    with PartitionStore(tmp_path) as store, ThreadPoolExecutor(1) as beside:
+        store.apply(a_batch(0), 1)
+        before = dict(store.items())
+
+        written = beside.submit(store.apply_beside, a_batch(1), 2).result()
+
+        assert written
+        assert (dict(store.items()), store.changelog_position) == (before, 1)
+        store.refresh()
+        assert dict(store.items()) == before | dict(a_batch(1))
+        assert store.changelog_position == 2
+
+
+def test_what_the_map_has_no_room_for_is_not_written_beside_and_its_user_makes_room(tmp_path: Path) -> None:
+    big = changelog.switch_key(0), changelog.encode_switch(Switch(0, "x" * 3_000_000, "s", 0))
+    with PartitionStore(tmp_path, map_bytes=1 << 18) as store:
+        written = store.apply_beside([big], 1)
+
+        assert (written, store.room_wanted, list(store.items())) == (False, True, [])
+        store.make_room()
+        store.apply([big], 1)
+        assert len(store.switches()) == 1
 
 
 def test_what_is_no_store_is_refused_with_the_remedy(tmp_path: Path) -> None:

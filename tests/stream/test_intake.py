@@ -55,7 +55,7 @@ def test_every_record_comes_once_and_each_partition_in_order(topic: tuple[Connec
     intake.start(0, 0)
     intake.start(1, 10)
 
-    until(lambda: intake.poll(0.1) or intake.at_end == {0: RECORDS, 1: RECORDS}, "both ends are reached")  # type: ignore[func-returns-value]
+    until(lambda: intake.poll(0.1) is None or intake.at_end == {0: RECORDS, 1: RECORDS}, "both ends are reached")
 
     taken = intake.take(10 * RECORDS)
     assert numbers(taken, 0) == list(range(RECORDS))
@@ -71,7 +71,7 @@ def test_a_full_buffer_stops_growing_but_the_group_is_still_polled(
     intake = Intake(consumer, topic[1], bytes_max=200 * RECORD_BYTES, clock=clock)
     intake.start(0, 0)
     intake.start(1, 0)
-    until(lambda: intake.poll(0.1) or intake.buffered_bytes >= intake.bytes_max, "the buffer is full")  # type: ignore[func-returns-value]
+    until(lambda: intake.poll(0.1) is None or intake.buffered_bytes >= intake.bytes_max, "the buffer is full")
     full = len(intake)
 
     # when: time passes
@@ -110,7 +110,7 @@ def test_what_was_taken_back_is_dropped_and_what_is_left_stays(
     intake = Intake(consumer, topic[1], bytes_max=1 << 30)
     intake.start(0, 0)
     intake.start(1, 0)
-    until(lambda: intake.poll(0.1) or intake.at_end.keys() == {0, 1}, "all is there")  # type: ignore[func-returns-value]
+    until(lambda: intake.poll(0.1) is None or intake.at_end.keys() == {0, 1}, "all is there")
 
     intake.stop([0])
 
@@ -147,7 +147,7 @@ def test_partitions_that_are_revoked_together_are_given_back_in_one_call(topic: 
     consumer.subscribe(
         [topic[1]], on_assign=on_assign, on_revoke=lambda _, revoked: intake.stop([tp.partition for tp in revoked])
     )
-    until(lambda: intake.poll(0.1) or len(intake) > 0, "it consumes")  # type: ignore[func-returns-value]
+    until(lambda: intake.poll(0.1) is None or len(intake) > 0, "it consumes")
     consumer.unassigned.clear()
 
     # when
@@ -160,12 +160,12 @@ def test_partitions_that_are_revoked_together_are_given_back_in_one_call(topic: 
 def test_going_back_gives_the_same_records_again(topic: tuple[Connection, str], consumer: Consumer) -> None:
     intake = Intake(consumer, topic[1], bytes_max=1 << 30)
     intake.start(0, 0)
-    until(lambda: intake.poll(0.1) or len(intake) >= 100, "some are there")  # type: ignore[func-returns-value]
+    until(lambda: intake.poll(0.1) is None or len(intake) >= 100, "some are there")
     intake.take(100)
 
     intake.go_back(0, 40)
 
-    until(lambda: intake.poll(0.1) or 0 in intake.at_end, "the end is reached")  # type: ignore[func-returns-value]
+    until(lambda: intake.poll(0.1) is None or 0 in intake.at_end, "the end is reached")
     assert numbers(intake.take(RECORDS), 0) == list(range(40, RECORDS))
 
 
@@ -184,7 +184,7 @@ def test_an_offset_that_retention_took_is_told_and_no_jump(topic: tuple[Connecti
     intake.start(0, 5)
 
     # when
-    until(lambda: intake.poll(0.1) or bool(intake.out_of_range), "it is told")  # type: ignore[func-returns-value]
+    until(lambda: intake.poll(0.1) is None or bool(intake.out_of_range), "it is told")
 
     # then
     assert intake.out_of_range == {0}
