@@ -23,11 +23,12 @@ def timed(owner: Any, name: str, what: str) -> None:
     call = getattr(owner, name)
 
     def through(*args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
+        began, began_cpu = time.perf_counter(), time.thread_time()
         try:
             return call(*args, **kwargs)
         finally:
             SECONDS[what] = SECONDS.get(what, 0.0) + time.perf_counter() - began
+            SECONDS[f"{what} cpu"] = SECONDS.get(f"{what} cpu", 0.0) + time.thread_time() - began_cpu
 
     setattr(owner, name, through)
 
