@@ -76,7 +76,7 @@ OPTION_OF = {
 PREFETCH_KB = 32 * 1024
 # … and of small records no more than this many of each partition, which keeps memory flat.
 PREFETCH_MESSAGES = 5000
-NULL_BATCH_PAIRS = 2000
+NULL_BATCH_PAIRS = 5000
 RESTORE_AGAIN_AFTER_S = 1.0
 BUNDLES_FOLDER = "bundles"  # in the state directory
 GC_THRESHOLDS = (200_000, 20, 100)

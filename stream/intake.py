@@ -22,8 +22,10 @@ log = logging.getLogger(__name__)
 
 Message = Any  # confluent_kafka.Message
 
-# At most: librdkafka has no more of them than its prefetch (consume.PREFETCH_KB) holds.
-FETCH_MESSAGES = 2000
+# Of small messages: most of what a batch of the null model costs is paid once a batch (docs/tried.md).
+FETCH_MESSAGES = 5000
+# What a message is thought to take before there was one.
+MESSAGE_BYTES = 100_000
 # The object, its key, its headers.
 MESSAGE_OVERHEAD_BYTES = 500
 # With a full buffer a poll may wait this long, far below max.poll.interval.ms; a rebalance waits for it.
@@ -41,7 +43,7 @@ _PASSING = frozenset({KafkaError._ALL_BROKERS_DOWN, KafkaError._TRANSPORT, Kafka
 class Intake:
     """The worker's side of the consumer.
 
-    bytes_max  soft bound of the buffer: a fetch may overshoot it by FETCH_MESSAGES messages.
+    bytes_max  soft bound of the buffer: a fetch overshoots it where messages are larger than those of the fetch before.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Intake:
         self.out_of_range: set[int] = set()  # partitions whose next offset the broker no longer has
         self.at_end: dict[int, int] = {}  # partition → the end that the reader stands at
         self._buffer: deque[Message] = deque()
+        self._message_bytes = MESSAGE_BYTES  # the mean of the last fetch
         self._paused: set[int] = set()
         self._consumed: set[int] = set()  # partitions that we consume
         # partition → offset of those that were started inside a poll; None outside of one
@@ -81,7 +84,8 @@ class Intake:
         try:
             # consume(n, t) waits for n messages or the whole of t; poll returns with the first.
             head = self.consumer.poll(wait_s)
-            messages = [] if head is None else [head, *self.consumer.consume(FETCH_MESSAGES - 1, 0)]
+            more = min(FETCH_MESSAGES, (self.bytes_max - self.buffered_bytes) // self._message_bytes) - 1
+            messages = [] if head is None else [head, *(self.consumer.consume(more, 0) if more > 0 else ())]
         except (KafkaException, KafkaError, SystemError) as failure:
             self._refuse(kafka_error_of(failure), None)
             messages = []
@@ -90,6 +94,8 @@ class Intake:
         fresh = self._sorted_out(messages, restarted)
         self._buffer.extend(fresh)
         size = _weight(fresh)
+        if fresh:
+            self._message_bytes = size // len(fresh)
         self.buffered_bytes += size
         self.received_bytes += size - MESSAGE_OVERHEAD_BYTES * len(fresh)
         self.received_bytes += sum([len(key) for message in fresh if (key := message.key())])
