@@ -1,9 +1,9 @@
 """The live state of one partition: its committed store plus the effects of the open transaction.
 
 `decide` says what is right for one pair, `decide_all` the same for a batch: it is the hot path of the whole service, so it
-works on columns, and leaves to the former what is rare. Nothing here reaches the store before `commit`, which the caller
-calls when Kafka has committed; until then the next transaction is decided on top of it. `abort` forgets both. It must never
-know a Kafka client, and it reads no clock.
+works on columns, and leaves to the former what is rare. Nothing here reaches the store before `write` or `commit`, which the
+caller calls when Kafka has committed; until `commit` the next transaction is decided on top of it. `abort` forgets both. It
+must never know a Kafka client, and it reads no clock.
 
 A pair is counted in the cell (epoch, cluster) of its moment: entry, record and counters say so for ever. With a cap, pairs
 compete in the cells of the present epoch, where each entry has the cluster that the present bundle gives its vector.

@@ -1,7 +1,8 @@
 """The store of one partition: the records of its changelog, materialised in LMDB.
 
-`apply` is the only writer, for a commit and for a restore alike, so that a store cannot differ from its changelog. It
-must never know Kafka, and never hold what Kafka may yet abort: callers hand over committed records only.
+`apply` and `apply_beside` write the same, for a commit and for a restore, and nothing else writes records, so that a store
+cannot differ from its changelog. It must never know Kafka, and never hold what Kafka may yet abort: callers hand over
+committed records only.
 
 Databases: `records` (S, P, W, C, K and F as they are), `entries` (input offset → hash, entry: offsets grow, so that the
 largest values are appended and not scattered), `known` (hash → input offset, of every K record and every entry; sorted

@@ -1,8 +1,9 @@
 """The loop of a worker: it polls, hands batches to the model, commits by time, and settles before a partition leaves.
 
 One loop owns poll, commit and shutdown; all else is told when to start and when to end. Decisions are made in reduce.py,
-written in transaction.py. The model works in a thread of its own, a transaction is sent in another one while the next batches
-are decided, and the loop polls meanwhile. What happens to partitions and stores happens between two batches, in the loop.
+written in transaction.py. The model works in a thread of its own, a transaction is sent and stored in another one while the
+next batches are decided, and the loop polls meanwhile. What else happens to partitions and stores happens between two
+batches, in the loop.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ EFFECT_BYTES_MAX = 48 * 1024 * 1024
 # A partition that is taken away waits this long for the batch in the model; then the batch is given up. Below
 # max.poll.interval.ms, which bounds how long the group waits for us.
 REVOKE_BUDGET_S = 20.0
-# /healthz: a loop that has not turned for this long is stuck.
+# /healthz: a loop that has not turned for this long is stuck, or a disk that has not taken a commit.
 STUCK_AFTER_S = 120.0
 GAUGES_EVERY_S = 1.0
 # What libraries have freed goes back to the kernel this often; it takes a few milliseconds.
@@ -133,6 +134,7 @@ class Worker:
         self._pending: Future[Effects] | None = None
         self._give_up = threading.Event()
         self._sending: _Sending | None = None
+        self._writing_since: float | None = None  # the stores, by the sending thread
         self._model_thread = ThreadPoolExecutor(1, "model")
         self._send_thread = ThreadPoolExecutor(1, "send")
         self._stopping = threading.Event()
@@ -157,7 +159,9 @@ class Worker:
 
     @property
     def healthy(self) -> bool:
-        return self._clock() - self._turned_at < STUCK_AFTER_S
+        """Neither the loop nor a disk is stuck."""
+        writing_since, now = self._writing_since, self._clock()
+        return now - self._turned_at < STUCK_AFTER_S and (writing_since is None or now - writing_since < STUCK_AFTER_S)
 
     @property
     def ready(self) -> bool:
@@ -311,7 +315,11 @@ class Worker:
 
     def _send(self, sealed: Sealed, partitions: dict[int, Partition]) -> None:
         send(sealed, self.outlet)
-        write(sealed, partitions)
+        self._writing_since = self._clock()
+        try:
+            write(sealed, partitions)
+        finally:
+            self._writing_since = None
 
     def _end_commit(self) -> None:
         """Waits for what becomes of the transaction that is being sent, and takes it over. At a batch boundary."""
