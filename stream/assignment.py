@@ -61,9 +61,6 @@ class Assignment:
     def assigned(self, partitions: list[int]) -> None:
         """The group gave us `partitions`: their stores are restored in the background."""
         self.joined = True
-        self._restore_all(partitions)
-
-    def _restore_all(self, partitions: list[int]) -> None:
         for number in partitions:
             self._begin_restore(number)
         if partitions:
@@ -147,7 +144,7 @@ class Assignment:
         """Begins anew with these running partitions, from what is committed: nobody here knows what that is any more."""
         running = list(partitions)
         self.revoked(running, lost=True)
-        self._restore_all(running)
+        self.assigned(running)
 
     def close(self) -> None:
         """Closes what is left."""

@@ -63,13 +63,9 @@ def list_bundles(connection: Connection, source: StreamSource | None) -> BundleL
     Raises TldrError where that stream does not exist or has committed nothing yet.
     """
     check_rights(connection, "bundle list")
-    every = announced(connection)
+    known = {a.version: ListedBundle(a.version, a, None) for a in announced(connection)}
     if source is None:
-        return BundleList(None, [ListedBundle(a.version, a, None) for a in every])
-    # What the stream was told of stands for what others were told of the same bundle.
-    known = {
-        a.version: ListedBundle(a.version, a, None) for a in sorted(every, key=lambda a: a.stream in ("", source.name))
-    }
+        return BundleList(None, list(known.values()))
     view = read_view(source)
     for listed in known.values():
         about = listed.announcement

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from models.model import PairModel
-from state.errors import StoreClosed
+from state.errors import StateError, StoreClosed
 from state.partition import Partition
 from state.regroup import Regrouping, sweep
 from stream.bundles import Announced, Announcement
@@ -32,8 +32,6 @@ LOOK_EVERY_S = 1.0
 # A bundle that could not be loaded is tried again after this long.
 TRY_AGAIN_AFTER_S = 10.0
 IDLE_S = 0.2
-# What goes on going wrong is said again after this long.
-SAY_AGAIN_AFTER_S = 60.0
 # How often who waits for a bundle looks whether he is still wanted.
 LOOK_UP_S = 0.1
 
@@ -83,11 +81,8 @@ class BundleSwitch:
         self._straight: dict[int, PairModel] = {}  # partitions that begin with a switch
         self._failed: dict[str, tuple[str, float]] = {}  # version → why it cannot be had, when to try again
         self._refused: set[str] = set()
-        self._said: dict[int, tuple[str, float]] = {}  # partition → what was last said of it, and when
         self._looked_at = -LOOK_EVERY_S
-        self._has_chosen = False  # a target, or that the newest bundle cannot be had
-        self._told: dict[str, Announcement] = {}  # by version: what this stream was told of, oldest first
-        self._place: dict[str, int] = {}  # version → its place in that order
+        self._place: dict[str, int] = {}  # version → its place in the order of the announcements
         self._one_at_a_time = threading.Lock()
         self._looking = threading.Lock()
         # Neither is the epoch begun for which the thread is grouping, nor is grouped for another one what is being begun.
@@ -96,15 +91,14 @@ class BundleSwitch:
         self._thread = threading.Thread(target=self._work, name="bundles", daemon=True)
 
     def start(self) -> None:
-        """Begins to follow. The announcements that are there already are known afterwards; the thread fetches the newest.
+        """Begins to follow. The announcements that are there already are known afterwards. Raises Unavailable.
 
         Without the right to read them, the worker stays with the bundle that it has, and says which right that is.
-        Raises Unavailable.
         """
         if self._announced is None:
             return
         try:
-            self._look_now()
+            self._look()
         except MissingRight as missing:
             log.warning("announced bundles are not followed: %s", missing)
             self._announced = None
@@ -134,9 +128,7 @@ class BundleSwitch:
         return found
 
     def pending(self, running: Mapping[int, Partition]) -> bool:
-        """Whether one of these partitions is still to be switched to the target, or the first one is still being fetched."""
-        if self._thread.is_alive() and not self._has_chosen:
-            return True
+        """Whether one of these partitions is still to be switched to the target."""
         return any(self._wants(p, self.target.version) and _is_committed(p) for p in running.values())
 
     def has(self, partition: Partition) -> bool:
@@ -181,13 +173,10 @@ class BundleSwitch:
         if self._announced is None and partition.bundle != self.base.version:
             raise TldrError(_another(partition.bundle or "", self.base.version))
 
-    def keep_only_what_is_used(self) -> bool:
-        """Forgets the bundles that no partition runs with. Not while one is restoring: its bundle may just be loaded.
-
-        False: nothing happened, call again.
-        """
+    def keep_only_what_is_used(self) -> None:
+        """Forgets the bundles that no partition runs with. Not while one is restoring: its bundle may just be loaded."""
         if not self._one_at_a_time.acquire(blocking=False):  # one is being fetched: the loop does not wait for that
-            return False
+            return
         try:
             used = {self.base.version, self.target.version, *(p.bundle or "" for p in self._running().values())}
             for version in self.models.keys() - used:
@@ -195,7 +184,6 @@ class BundleSwitch:
             self._forget(used)
         finally:
             self._one_at_a_time.release()
-        return True
 
     def _wants(self, partition: Partition, target: str) -> bool:
         """Whether a partition is to be switched: never to a bundle that was announced before its own one."""
@@ -263,12 +251,12 @@ class BundleSwitch:
             began = time.monotonic()
             busy = False
             try:
-                if not self._has_chosen or began - self._looked_at >= LOOK_EVERY_S:
+                if began - self._looked_at >= LOOK_EVERY_S:
                     self._look()
                 busy = self._prepare()
             except Exception as error:  # a broker or a disk that is away for a while must not end the following
                 log.warning("following the announced bundles: %s; trying on", error)
-                self._looked_at, self._has_chosen = time.monotonic(), True
+                self._looked_at = time.monotonic()
             # Half of the time at most: the stream comes first.
             self._stop.wait(max(time.monotonic() - began, 0.001) if busy else IDLE_S)
 
@@ -278,22 +266,21 @@ class BundleSwitch:
         try:
             self._look_now()
             self._choose(self._stop.is_set)
-            self._has_chosen = True
         finally:
             self._one_at_a_time.release()
 
     def _look_now(self) -> None:
         with self._looking:
             if self._announced is not None:
-                self._announced.look()
-                self._told = self._announced.to(self.stream)
-                self._place = {version: place for place, version in enumerate(self._told)}
+                self._place = {version: place for place, version in enumerate(self._announced.look())}
                 self._looked_at = time.monotonic()
 
     def _newest(self) -> Announcement | None:
         """The last announcement that fits the stream; those that do not are told of once."""
         fitting = None
-        for announcement in self._told.values():
+        for announcement in self._announced.by_version.values() if self._announced else ():
+            if announcement.stream not in ("", self.stream):
+                continue
             if announcement.space == self.base.space:
                 fitting = announcement
             elif announcement.version not in self._refused:
@@ -325,7 +312,7 @@ class BundleSwitch:
         """The model of a bundle; None: it cannot be had now, which is told once, or the caller is no longer wanted."""
         if version in self.models:
             return self.models[version]
-        announcement = self._told.get(version) or (self._announced.of(version) if self._announced else None)
+        announcement = self._announced.by_version.get(version) if self._announced else None
         if announcement is None:
             return None
         before, again_at = self._failed.get(version, ("", 0.0))
@@ -359,16 +346,9 @@ class BundleSwitch:
                     busy |= self._step(number, partition, target)
             except StoreClosed:  # it was taken back
                 continue
-            except Exception as error:  # a full disk, or whatever a bundle says of entries: the other partitions go on
-                self._say(number, f"partition {number} cannot be prepared for bundle {target.version[:12]}: {error}")
+            except StateError as error:
+                log.warning("partition %d cannot be prepared for bundle %s: %s", number, target.version[:12], error)
         return busy
-
-    def _say(self, number: int, what: str) -> None:
-        """Warns, but not of the same thing all the time."""
-        before, at = self._said.get(number, ("", 0.0))
-        if what != before or time.monotonic() - at >= SAY_AGAIN_AFTER_S:
-            self._said[number] = what, time.monotonic()
-            log.warning("%s; trying on", what)
 
     def _step(self, number: int, partition: Partition, target: PairModel) -> bool:
         switch, store = partition.switch, partition.store

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from confluent_kafka import KafkaError, KafkaException, Message
+from confluent_kafka import KafkaError, KafkaException
 
 from models.bundle import Manifest, read_files
 from models.errors import BundleError
@@ -24,12 +24,12 @@ from stream.kafka import (
     MissingRight,
     create_missing,
     end_offsets,
+    partition_counts,
     read_partition,
     refused,
     start_offsets,
-    topic_ids,
 )
-from stream.records import Codec, UndecodableRecord
+from stream.records import Codec
 from stream.rights import check_rights
 from stream.topics import BUNDLES
 
@@ -65,7 +65,7 @@ def announce(connection: Connection, uri: str, version: str, space: str, stream:
     producer = connection.producer(acks="all")
     try:
         producer.produce(
-            BUNDLES, Codec("BundleAnnouncement").encode(asdict(announcement)), _key(version, stream), 0,
+            BUNDLES, Codec("BundleAnnouncement").encode(asdict(announcement)), version.encode(), 0,
             on_delivery=lambda error, message: failures.append(error) if error is not None else None,
         )  # fmt: skip
         if producer.flush(DELIVERY_TIMEOUT_S):
@@ -78,11 +78,6 @@ def announce(connection: Connection, uri: str, version: str, space: str, stream:
         what = f"the bundle {version[:12]} was not announced"
         raise refused(connection, failures[0], what, Right("Write", "topic", BUNDLES))
     return announcement
-
-
-def _key(version: str, stream: str) -> bytes:
-    """What is compacted away: an earlier announcement of the same bundle to the same stream."""
-    return f"{version}/{stream}".encode() if stream else version.encode()
 
 
 def announce_folder(connection: Connection, folder: Path | str, stream: str = "") -> Announcement:
@@ -223,60 +218,31 @@ def inspect(folder: Path) -> BundleView:
 
 
 class Announced:
-    """Every announcement, kept up to date by `look`; of a bundle to a stream the last one counts."""
+    """Every announced bundle by its version, oldest first, kept up to date by `look`; a version's last announcement counts."""
 
     def __init__(self, connection: Connection) -> None:
+        self.by_version: dict[str, Announcement] = {}
         self._connection = connection
-        self._topic: str | None = None  # Kafka's own id of it
-        self._next = 0
+        self._next: int | None = None
         self._codec = Codec("BundleAnnouncement")
-        self._found: dict[tuple[str, str], Announcement] = {}  # by version and stream, oldest first
 
-    def look(self) -> None:
-        """Reads what was announced since the last call. Raises Unavailable, MissingRight."""
+    def look(self) -> dict[str, Announcement]:
+        """Reads what was announced since the last call. Raises Unavailable."""
         connection = self._connection
-        topic = topic_ids(connection, [BUNDLES]).get(BUNDLES)
-        if topic is None:
-            return
-        if topic != self._topic:  # a topic that was recreated begins anew
-            self._next, self._topic = start_offsets(connection, BUNDLES, [0])[0], topic
-            self._found = {}
+        if self._next is None:
+            if BUNDLES not in partition_counts(connection, [BUNDLES]):
+                return self.by_version
+            self._next = start_offsets(connection, BUNDLES, [0])[0]
         end = end_offsets(connection, BUNDLES, [0])[0]
-        found = dict(self._found)
+        found = dict(self.by_version)
         for messages in read_partition(connection, BUNDLES, 0, self._next, end, timeout_s=DELIVERY_TIMEOUT_S):
             for message in messages:
-                if (one := self._decoded(message)) is not None:
-                    found.pop((one.version, one.stream), None)
-                    found[one.version, one.stream] = one
-        self._next, self._found = max(self._next, end), found
-
-    def _decoded(self, message: Message) -> Announcement | None:
-        if message.value() is None:
-            return None
-        try:
-            return Announcement(**self._codec.decode(message.value()))
-        except UndecodableRecord as error:
-            log.warning(
-                "%s: the record at offset %d is no announcement (%s): passed over", BUNDLES, message.offset(), error
-            )
-            return None
-
-    def all(self) -> list[Announcement]:
-        """All of them, oldest first."""
-        return list(self._found.values())
-
-    def of(self, version: str) -> Announcement | None:
-        """The last one of a bundle, to whomever: it lies there for all."""
-        return next((one for one in reversed(self._found.values()) if one.version == version), None)
-
-    def to(self, stream: str) -> dict[str, Announcement]:
-        """Those to `stream` or to any, by version, oldest first; the last one of a version counts."""
-        told: dict[str, Announcement] = {}
-        for one in self._found.values():
-            if one.stream in ("", stream):
-                told.pop(one.version, None)
-                told[one.version] = one
-        return told
+                if message.value() is not None:
+                    announcement = Announcement(**self._codec.decode(message.value()))
+                    found.pop(announcement.version, None)
+                    found[announcement.version] = announcement
+        self._next, self.by_version = max(self._next, end), found
+        return found
 
 
 def _scorer(manifest: Manifest) -> str:
@@ -286,12 +252,10 @@ def _scorer(manifest: Manifest) -> str:
     return f"the BLIP in {folder} ({', '.join(f'{name} {digest[:16]}' for name, digest in files.items())})"
 
 
-def announced(connection: Connection, stream: str | None = None) -> list[Announcement]:
-    """Every announcement, oldest first; or what `stream` was told of, by name or as any stream, each bundle once."""
+def announced(connection: Connection) -> list[Announcement]:
+    """Every announced bundle, oldest first; the last announcement of a version counts."""
     check_rights(connection, "an announced bundle")
-    found = Announced(connection)
-    found.look()
-    return found.all() if stream is None else list(found.to(stream).values())
+    return list(Announced(connection).look().values())
 
 
 def fitting_for(connection: Connection, stream: str, space: str | None = None) -> list[Announcement]:
@@ -299,7 +263,7 @@ def fitting_for(connection: Connection, stream: str, space: str | None = None) -
 
     Raises TldrError where there is none.
     """
-    fitting = [a for a in announced(connection, stream) if not a.uri.startswith(NULL)]
+    fitting = [a for a in announced(connection) if a.stream in ("", stream) and not a.uri.startswith(NULL)]
     if not fitting:
         raise TldrError(
             "no bundle was announced: make one with `tldr-stream bootstrap SOURCE --announce`, or give --bundle FOLDER"

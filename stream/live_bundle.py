@@ -53,7 +53,7 @@ def running_bundle(connection: Connection, view: StreamView) -> str:
     present = _present(view)
     if len(present) > 1:
         with contextlib.suppress(MissingRight):
-            told = [one.version for one in announced(connection, view.topics.name)]
+            told = [one.version for one in announced(connection) if one.stream in ("", view.topics.name)]
             if known := [version for version in told if version in present]:
                 return known[-1]
     return present.most_common(1)[0][0]

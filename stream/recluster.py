@@ -408,7 +408,11 @@ def _pending(source: StreamSource, live: LiveBundle) -> str | None:
     Workers that were given --bundle begin with one that was never announced. It is older than all that this stream was told
     of by name, as by an earlier `recluster`; what was announced to any stream may have been there before.
     """
-    fitting = [one for one in announced(source.connection, source.name) if one.space == live.manifest.space]
+    fitting = [
+        one
+        for one in announced(source.connection)
+        if one.stream in ("", source.name) and one.space == live.manifest.space
+    ]
     at = next((i for i, one in enumerate(fitting) if one.version == live.version), None)
     after = [one for one in fitting if one.stream] if at is None else fitting[at + 1 :]
     return after[-1].version if after else None

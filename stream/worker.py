@@ -145,7 +145,6 @@ class Worker:
         self._cells_at: float | None = None
         self._warned_of_keys = False
         self._aborted_in_a_row = 0
-        self._has_switched = False  # since it was last looked which bundles are used
         self._said_at: dict[int, float] = {}  # code of an error → when it was last said
         self._counted_bytes = 0  # of the payload, that the metrics know of
         self._received_bytes = 0
@@ -357,9 +356,8 @@ class Worker:
             return
         keep(sending.sealed, self.assignment.running)
         # Not before: an abort goes back to the bundle that the switch came from.
-        self._has_switched |= bool(sending.sealed.effects.switched)
-        if self._has_switched and not self.assignment.restoring:
-            self._has_switched = not self._switch.keep_only_what_is_used()
+        if sending.sealed.effects.switched and not self.assignment.restoring:
+            self._switch.keep_only_what_is_used()
         self._aborted_in_a_row = 0
         self._dead_share.commit()
         took = self._clock() - sending.since

@@ -41,16 +41,3 @@ def test_a_partition_whose_restore_waits_for_its_turn_is_given_back_at_once(cons
     end.set()
     assignment.close()
     assert not waits
-
-
-def test_a_restore_that_is_repeated_does_not_make_a_member_of_one_that_the_group_has_lost(consumer: Consumer) -> None:
-    assignment = Assignment(
-        Intake(consumer, "raw", 1 << 20), lambda number, cancel: None, lambda number, restored: None
-    )
-    assignment.assigned([0])
-    assignment.joined = False  # as when the group took the worker for dead
-
-    assignment.restore_again([0])
-
-    assert not assignment.joined
-    assignment.close()

@@ -12,9 +12,8 @@ import pytest
 from confluent_kafka import Producer
 from typer.testing import CliRunner
 
-from models.bundle import load_beside, load_model, read_manifest
+from models.bundle import load_model, read_manifest
 from models.errors import BundleError
-from models.null import NullModel
 from stream.bootstrap import BootstrapResult, bootstrap, sweep
 from stream.bundles import announce_folder, inspect
 from stream.cli import app
@@ -188,9 +187,6 @@ def test_a_bundle_finds_its_blip_by_path_and_refuses_another(tmp_path: Path) -> 
     with pytest.raises(BundleError, match=r"blip has no config\.json"):
         load_model(made.out, "cpu")
     assert load_model(made.out, "cpu", blip=moved).space == made_space(made) == elsewhere.space
-    of_another_kind = NullModel()
-    of_another_kind.space = made_space(made)
-    assert load_beside(made.out, of_another_kind, "cpu", blip=moved).clusters == 4
     assert load_model(made.out, "cpu", matching=False).clusters == 4
     random_blip(moved, seed=1)
     with pytest.raises(BundleError, match=r"its model\.safetensors has another SHA-256"):

@@ -9,41 +9,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from models.errors import BundleError
-from models.model import PairModel, Vectors
+from models.model import PairModel
 from models.null import NullModel
 from state.partition import Partition
 from state.partition_store import PartitionStore
 from state.quota import Ratio
 from state.settings import StreamSettings
-from stream.broker import local_broker
 from stream.bundle_switch import BundleMissing, BundleSwitch, Cancelled
-from stream.bundles import Announced, Announcement, announce, announce_folder, announced
+from stream.bundles import Announced, Announcement, announce, announce_folder
 from stream.errors import TldrError
-from stream.kafka import Connection, partition_counts
+from stream.kafka import Connection
 from stream.metrics import Metrics
 from tests.end_to_end.worker_process import until
 
 BASE = NullModel()
 STREAM = StreamSettings(1, "topic-id", 1, Ratio(1, 1), 2, None, None, "none", BASE.space, BASE.tokens)
-
-
-class SlowModel(NullModel):
-    """A null model that says when it is asked for clusters, and answers when it may, if it does."""
-
-    asked: threading.Event | None = None
-    answers: threading.Event | None = None
-    refuses: int | None = None  # vectors of this code
-
-    def assign(self, vectors: Vectors) -> NDArray[np.int32]:
-        if self.refuses in vectors:
-            raise RuntimeError(f"no cluster for {self.refuses}")
-        if self.asked is not None and self.answers is not None:
-            self.asked.set()
-            self.answers.wait(20)
-        return super().assign(vectors)
 
 
 class Worker:
@@ -72,7 +54,7 @@ class Worker:
             raise BundleError(f"{announcement.uri} is cut off")
         if announcement.uri in self.broken:
             raise RuntimeError("a tensor has another shape")
-        return SlowModel.at(announcement.uri)
+        return NullModel.at(announcement.uri)
 
     def open(self, number: int) -> Partition:
         return Partition(PartitionStore(self.folder / str(number), map_bytes=1 << 24), self.settings, number)
@@ -270,114 +252,6 @@ def test_a_partition_that_was_switched_back_is_not_switched_again_by_a_worker_th
     assert late.switch.ready(late.running) == []
 
 
-def test_what_another_stream_is_told_of_changes_nothing_here(worker: Worker) -> None:
-    worker.run(0)
-    worker.feed(0, 5)
-    own = announce_folder(worker.kafka, "null:1/2", worker.name)
-    worker.switch_over(0)
-
-    announce_folder(worker.kafka, "null:1/2", f"{worker.name}-other")
-    announce_folder(worker.kafka, "null:2/3", f"{worker.name}-other")
-    newest = announce_folder(worker.kafka, "null:3/4", worker.name)
-    announce_folder(worker.kafka, "null:1/2", f"{worker.name}-other")
-
-    worker.switch_over(0)
-    assert worker.running[0].bundle == newest.version
-    assert [one.version for one in announced(worker.kafka, worker.name)] == [own.version, newest.version]
-
-
-def test_what_the_topic_holds_beside_announcements_is_passed_over_and_a_recreated_one_read_anew(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with local_broker(tmp_path / "kafka") as broker:  # its own: others read this topic, too
-        kafka = Connection(broker.bootstrap_servers)
-        following = Announced(kafka)
-        announce_folder(kafka, "null:1/2")
-        producer = kafka.producer()
-        producer.produce("model-bundles", b"no announcement", b"by hand", 0)
-        assert producer.flush(20) == 0
-        announce_folder(kafka, "null:2/3")
-
-        following.look()
-
-        assert [one.uri for one in following.all()] == ["null:1/2", "null:2/3"]
-        told = [record.getMessage() for record in caplog.records if "is no announcement" in record.getMessage()]
-        assert len(told) == 1 and "the record at offset 1" in told[0]
-
-        for done in kafka.admin.delete_topics(["model-bundles"]).values():
-            done.result()
-        until(lambda: not partition_counts(kafka, ["model-bundles"]), "it is gone", 20)
-        for number in range(3, 8):
-            announce_folder(kafka, f"null:{number}/4")
-        following.look()
-
-        assert [one.uri for one in following.all()] == [f"null:{number}/4" for number in range(3, 8)]
-
-
-def test_a_worker_that_fetches_the_newest_bundle_starts_at_once_and_has_something_to_wait_for(
-    kafka: Connection, name: str, tmp_path: Path
-) -> None:
-    announce_folder(kafka, "null:1/2", name)
-    slow = Worker(kafka, name, tmp_path)
-    slow.arrives["null:1/2"] = arrives = threading.Event()
-
-    slow.switch.start()
-
-    partition = slow.run(0)
-    assert (partition.bundle, slow.switch.pending(slow.running)) == (BASE.version, True)
-    arrives.set()
-    slow.feed(0, 5)
-    slow.switch_over(0)
-    assert not slow.switch.pending(slow.running)
-    slow.switch.close()
-    slow.close(0)
-
-
-def test_a_newest_bundle_that_cannot_be_had_is_not_waited_for(kafka: Connection, name: str, tmp_path: Path) -> None:
-    announce_folder(kafka, "null:1/2", name)
-    worker = Worker(kafka, name, tmp_path)
-    worker.missing.add("null:1/2")
-
-    worker.switch.start()
-    worker.run(0)
-
-    until(lambda: not worker.switch.pending(worker.running), "it has given up", 20)
-    worker.switch.close()
-    worker.close(0)
-
-
-def test_an_epoch_is_not_begun_while_the_entries_are_being_grouped_for_another_one(late: Worker) -> None:
-    # given: entries that came since the thread last looked, so that to begin the epoch takes a moment
-    partition = late.run(0)
-    late.feed(0, 20)
-    first = announce_folder(late.kafka, "null:1/2", late.name)
-    late.switch._look()
-    while late.switch._prepare():
-        pass
-    late.feed(0, 5)
-    target = late.switch.target
-    assert isinstance(target, SlowModel) and late.switch.ready(late.running) == [0]
-    target.asked, target.answers = threading.Event(), threading.Event()
-
-    # when: a newer bundle comes in that moment, and the thread goes on with it
-    begun = list[bool]()
-    loop = threading.Thread(target=lambda: begun.append(late.switch.adopt(partition)))
-    loop.start()
-    assert target.asked.wait(20)
-    announce_folder(late.kafka, "null:2/3", late.name)
-    late.switch._look()
-    beside = threading.Thread(target=late.switch._prepare)
-    beside.start()
-    beside.join(1)
-    target.answers.set()
-    loop.join(20)
-    beside.join(20)
-
-    # then
-    assert begun == [True]
-    assert (partition.epoch, partition.bundle) == (1, first.version)
-
-
 def test_a_straight_way_that_was_not_gone_is_forgotten(worker: Worker, late: Worker) -> None:
     # given: it was about to take the partition straight to the newest bundle when it was taken back
     worker.run(0)
@@ -462,46 +336,6 @@ def test_nothing_is_grouped_for_the_epoch_after_one_that_is_not_committed(worker
     worker.commit(0)
     worker.switch_over(0)
     assert partition.bundle == newest.version
-
-
-def test_a_partition_that_cannot_be_prepared_is_told_of_once_and_holds_up_no_other(
-    late: Worker, caplog: pytest.LogCaptureFixture
-) -> None:
-    for number, count in ((0, 20), (1, 5)):
-        late.run(number)
-        late.feed(number, count)
-    announce_folder(late.kafka, "null:1/2", late.name)
-    late.switch._look()
-    assert isinstance(late.switch.target, SlowModel)
-    late.switch.target.refuses = 10
-
-    for _ in range(5):
-        late.switch._prepare()
-
-    assert late.switch.ready(late.running) == [1]
-    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert len(told) == 1 and "partition 0 cannot be prepared" in told[0] and "no cluster for 10" in told[0]
-
-
-def test_what_is_no_longer_used_is_forgotten_once_no_fetch_is_in_the_way(worker: Worker, late: Worker) -> None:
-    late.run(0)
-    late.feed(0, 5)
-    first = announce_folder(late.kafka, "null:1/2", late.name)
-    late.switch._look()
-    late.models["null:other"] = NullModel.at("null:7")
-    announce_folder(late.kafka, "null:2/3", late.name)
-    late.arrives["null:2/3"] = arrives = threading.Event()
-    fetching = threading.Thread(target=late.switch._look)
-    fetching.start()
-    until(lambda: "null:2/3" in late.loads, "it is being fetched", 20)
-
-    in_the_way = late.switch.keep_only_what_is_used()
-    arrives.set()
-    fetching.join(20)
-    done = late.switch.keep_only_what_is_used()
-
-    assert (in_the_way, done) == (False, True)
-    assert late.models.keys() == {BASE.version, late.switch.target.version} and first.version not in late.models
 
 
 def test_whatever_is_wrong_with_a_bundle_the_live_one_goes_on(worker: Worker) -> None:
