@@ -20,7 +20,7 @@ from models.model import PairModel
 from state.errors import StateError, StoreClosed
 from state.partition import Partition
 from state.regroup import Regrouping, sweep
-from stream.bundles import Announced, Announcement
+from stream.bundles import Announced, Announcement, known_to, told
 from stream.errors import TldrError
 from stream.kafka import MissingRight
 from stream.logs import at
@@ -82,7 +82,9 @@ class BundleSwitch:
         self._failed: dict[str, tuple[str, float]] = {}  # version → why it cannot be had, when to try again
         self._refused: set[str] = set()
         self._looked_at = -LOOK_EVERY_S
-        self._place: dict[str, int] = {}  # version → its place in the order of the announcements
+        self._told: dict[str, Announcement] = {}  # what this stream was told, in order
+        self._known: dict[str, Announcement] = {}  # … and what others were, of bundles that it was not told of
+        self._place: dict[str, int] = {}  # version → its place in the order of what this stream was told
         self._one_at_a_time = threading.Lock()
         self._looking = threading.Lock()
         # Neither is the epoch begun for which the thread is grouping, nor is grouped for another one what is being begun.
@@ -272,15 +274,15 @@ class BundleSwitch:
     def _look_now(self) -> None:
         with self._looking:
             if self._announced is not None:
-                self._place = {version: place for place, version in enumerate(self._announced.look())}
+                everything = self._announced.look()
+                self._told, self._known = told(everything, self.stream), known_to(everything, self.stream)
+                self._place = {version: place for place, version in enumerate(self._told)}
                 self._looked_at = time.monotonic()
 
     def _newest(self) -> Announcement | None:
         """The last announcement that fits the stream; those that do not are told of once."""
         fitting = None
-        for announcement in self._announced.by_version.values() if self._announced else ():
-            if announcement.stream not in ("", self.stream):
-                continue
+        for announcement in self._told.values():
             if announcement.space == self.base.space:
                 fitting = announcement
             elif announcement.version not in self._refused:
@@ -312,7 +314,7 @@ class BundleSwitch:
         """The model of a bundle; None: it cannot be had now, which is told once, or the caller is no longer wanted."""
         if version in self.models:
             return self.models[version]
-        announcement = self._announced.by_version.get(version) if self._announced else None
+        announcement = self._known.get(version)  # a partition may run with one that only another stream was told of
         if announcement is None:
             return None
         before, again_at = self._failed.get(version, ("", 0.0))

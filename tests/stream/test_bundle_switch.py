@@ -16,6 +16,7 @@ from models.null import NullModel
 from state.partition import Partition
 from state.partition_store import PartitionStore
 from state.quota import Ratio
+from state.regroup import Regrouping
 from state.settings import StreamSettings
 from stream.bundle_switch import BundleMissing, BundleSwitch, Cancelled
 from stream.bundles import Announced, Announcement, announce, announce_folder
@@ -90,6 +91,12 @@ class Worker:
 
     def until_ready(self, *numbers: int) -> None:
         until(lambda: self.switch.ready(self.running) == list(numbers), f"{numbers} are ready", 20)
+
+    def look_and_prepare(self) -> None:
+        """What the thread does, for tests that have none."""
+        self.switch._look()
+        while self.switch._prepare():
+            pass
 
     def switch_over(self, *numbers: int) -> None:
         self.until_ready(*numbers)
@@ -360,6 +367,45 @@ def test_bundles_of_another_space_or_for_another_stream_are_passed_over_and_refu
     assert worker.switch.target is BASE
     assert worker.switch.ready(worker.running) == []
     assert worker.loads == []
+
+
+def test_what_another_stream_is_told_changes_nothing_of_what_this_one_was_told(late: Worker) -> None:
+    # given: a partition in the first bundle of two
+    late.run(0)
+    late.feed(0, 5)
+    announce_folder(late.kafka, "null:1/2", late.name)
+    late.look_and_prepare()
+    assert late.switch.adopt(late.running[0])
+    late.commit(0)
+    second = announce_folder(late.kafka, "null:2/3", late.name)
+
+    # when: another stream is told of both, the first one last
+    announce_folder(late.kafka, "null:2/3", f"{late.name}-other")
+    announce_folder(late.kafka, "null:1/2", f"{late.name}-other")
+    late.look_and_prepare()
+
+    # then
+    assert late.switch.target.version == second.version
+    assert late.switch.ready(late.running) == [0]
+
+
+def test_a_bundle_that_only_another_stream_was_told_of_is_loaded_for_a_partition_that_runs_with_it(
+    late: Worker,
+) -> None:
+    announce_folder(late.kafka, "null:1/2", f"{late.name}-other")
+    late.run(0)
+    late.feed(0, 5)
+    other = NullModel.at("null:1/2")
+    while Regrouping(late.running[0].store, 1, other.version, other.assign, 5).step():
+        pass
+    late.running[0].adopt(other.version, other.space, 5)  # by a worker that was given it with --bundle
+    late.commit(0)
+    late.close(0)
+
+    late.run(0)
+
+    assert late.running[0].bundle == other.version and other.version in late.models
+    assert late.switch.target is BASE
 
 
 def test_a_restore_across_three_switches_on_an_empty_disk_needs_the_last_bundle_only(
