@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from state.partition import Partition
-from stream.bundle_switch import BundleMissing
+from stream.bundle_switch import BundleComing, BundleMissing
 from stream.intake import Intake
 from stream.logs import at, place
 from stream.restore import Cancel, Restored
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 RESTORES_AT_ONCE = 2
 # A partition whose bundle cannot be had is tried again after this long.
 BUNDLE_AGAIN_AFTER_S = 5.0
+# … and one that waits for the fetch of another bundle to end.
+BUNDLE_COMING_AFTER_S = 1.0
 
 Restore = Callable[[int, Cancel], Restored | None]
 
@@ -84,9 +86,12 @@ class Assignment:
             try:
                 restored = restoring.future.result()
             except BundleMissing as missing:
+                coming = isinstance(missing, BundleComing)
                 if self._waiting.get(number, (0.0, ""))[1] != str(missing):
-                    log.error("partition %d is not run: %s; trying on", number, missing)
-                self._waiting[number] = time.monotonic() + BUNDLE_AGAIN_AFTER_S, str(missing)
+                    level = logging.INFO if coming else logging.ERROR
+                    log.log(level, "partition %d is not run: %s; trying on", number, missing)
+                again_after_s = BUNDLE_COMING_AFTER_S if coming else BUNDLE_AGAIN_AFTER_S
+                self._waiting[number] = time.monotonic() + again_after_s, str(missing)
                 continue
             self._waiting.pop(number, None)
             if restored is None:

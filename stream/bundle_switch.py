@@ -12,6 +12,7 @@ else declines to run it (BundleMissing).
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -34,6 +35,8 @@ TRY_AGAIN_AFTER_S = 10.0
 IDLE_S = 0.2
 # How often who waits for a bundle looks whether he is still wanted.
 LOOK_UP_S = 0.1
+# A restore waits so long for whoever is looking. A fetch takes longer, and other restores want the thread meanwhile.
+PATIENCE_S = 0.3
 
 Cancelled = Callable[[], bool]
 Load = Callable[[Announcement, Cancelled], PairModel]
@@ -41,6 +44,10 @@ Load = Callable[[Announcement, Cancelled], PairModel]
 
 class BundleMissing(Exception):
     """The bundle that a partition runs with cannot be loaded here now, and no newer one either."""
+
+
+class BundleComing(BundleMissing):
+    """It may be had once the bundle is here that is being fetched now."""
 
 
 class BundleSwitch:
@@ -95,12 +102,13 @@ class BundleSwitch:
     def start(self) -> None:
         """Begins to follow. The announcements that are there already are known afterwards. Raises Unavailable.
 
+        What they announce is fetched in the thread: a worker joins, and hears signals, however long that takes.
         Without the right to read them, the worker stays with the bundle that it has, and says which right that is.
         """
         if self._announced is None:
             return
         try:
-            self._look()
+            self._look_now()
         except MissingRight as missing:
             log.warning("announced bundles are not followed: %s", missing)
             self._announced = None
@@ -130,8 +138,14 @@ class BundleSwitch:
         return found
 
     def pending(self, running: Mapping[int, Partition]) -> bool:
-        """Whether one of these partitions is still to be switched to the target."""
-        return any(self._wants(p, self.target.version) and _is_committed(p) for p in running.values())
+        """Whether one of these partitions is still to be switched, or to be once the newest bundle is fetched.
+
+        One that cannot be had is tried again, but nobody knows whether it ever comes: it is not waited for.
+        """
+        versions, newest = {self.target.version}, self._newest()
+        if newest is not None and newest.version not in self._failed:
+            versions.add(newest.version)
+        return any(self._wants(p, v) and _is_committed(p) for p in running.values() for v in versions)
 
     def has(self, partition: Partition) -> bool:
         """Whether the bundle that a partition runs with is loaded here."""
@@ -151,7 +165,7 @@ class BundleSwitch:
         is_ready = self._wants(partition, target.version) and self._is_grouped(partition, target.version)
         if switch is None or not is_ready:
             return False
-        until, tail = partition.next_offset or 0, None
+        until, tail = switch.input_offset if partition.next_offset is None else partition.next_offset, None
         if self.capped:
             store, epoch = partition.store, switch.epoch + 1
             tail = Regrouping(store, epoch, target.version, target.assign, until, alone=True).tail()
@@ -200,7 +214,7 @@ class BundleSwitch:
     def make_ready(self, partition: Partition, next_offset: int, cancelled: Cancelled) -> bool:
         """Loads what a restored partition runs with, and groups its entries where that is not done; False: cancelled.
 
-        Raises BundleMissing, StateError.
+        Raises BundleMissing (BundleComing: ask again soon), StateError.
         """
         self._straight.pop(partition.partition, None)  # of a restore that came to nothing
         switch = partition.switch
@@ -214,8 +228,10 @@ class BundleSwitch:
             # What is loaded is not forgotten while a partition is restored, and whoever fetches another one may take long.
             found = self.models.get(switch.bundle)
             if found is None:
-                if not self._let_in(cancelled):
-                    return False
+                if not self._let_in(cancelled, PATIENCE_S):
+                    if cancelled():
+                        return False
+                    raise BundleComing(f"it runs with bundle {switch.bundle[:12]}, and another one is being fetched")
                 try:
                     self._look_now()
                     found = self._model(switch.bundle, cancelled)
@@ -239,10 +255,11 @@ class BundleSwitch:
             return True
         return Regrouping(partition.store, epoch, model.version, model.assign, until, alone=True).finish(cancelled)
 
-    def _let_in(self, cancelled: Cancelled) -> bool:
-        """Whether the caller may look and load now, who is then to release `_one_at_a_time`; False: cancelled."""
+    def _let_in(self, cancelled: Cancelled, patience_s: float = math.inf) -> bool:
+        """Whether the caller may look and load now, who is then to release `_one_at_a_time`; False: cancelled, or too late."""
+        too_late = time.monotonic() + patience_s
         while not self._one_at_a_time.acquire(timeout=LOOK_UP_S):
-            if cancelled():
+            if cancelled() or time.monotonic() > too_late:
                 return False
         return True
 
@@ -267,6 +284,8 @@ class BundleSwitch:
             return
         try:
             self._look_now()
+            self._looked_at = time.monotonic()
+            self._refuse_others()
             self._choose(self._stop.is_set)
         finally:
             self._one_at_a_time.release()
@@ -277,15 +296,16 @@ class BundleSwitch:
                 everything = self._announced.look()
                 self._told, self._known = told(everything, self.stream), known_to(everything, self.stream)
                 self._place = {version: place for place, version in enumerate(self._told)}
-                self._looked_at = time.monotonic()
 
     def _newest(self) -> Announcement | None:
-        """The last announcement that fits the stream; those that do not are told of once."""
-        fitting = None
+        """The last announcement that fits the stream."""
+        fitting = [one for one in self._told.values() if one.space == self.base.space]
+        return fitting[-1] if fitting else None
+
+    def _refuse_others(self) -> None:
+        """Tells, once of each, which announcements do not fit the stream."""
         for announcement in self._told.values():
-            if announcement.space == self.base.space:
-                fitting = announcement
-            elif announcement.version not in self._refused:
+            if announcement.space != self.base.space and announcement.version not in self._refused:
                 self._refused.add(announcement.version)
                 log.log(
                     logging.WARNING if announcement.stream else logging.INFO,
@@ -293,7 +313,6 @@ class BundleSwitch:
                     "--stream on the same raw topic with it, which is then reduced from its beginning",
                     announcement.version[:12],
                 )  # fmt: skip
-        return fitting
 
     def _choose(self, cancelled: Cancelled) -> None:
         """Makes the newest fitting bundle the target, if it can be loaded."""

@@ -18,7 +18,7 @@ from state.partition_store import PartitionStore
 from state.quota import Ratio
 from state.regroup import Regrouping
 from state.settings import StreamSettings
-from stream.bundle_switch import BundleMissing, BundleSwitch, Cancelled
+from stream.bundle_switch import BundleComing, BundleMissing, BundleSwitch, Cancelled
 from stream.bundles import Announced, Announcement, announce, announce_folder
 from stream.errors import TldrError
 from stream.kafka import Connection
@@ -167,6 +167,101 @@ def test_a_partition_that_comes_while_a_bundle_is_fetched_does_not_wait_for_it(w
     arrives.set()
     worker.switch_over(0)
     assert worker.running[0].bundle == announced.version
+
+
+def test_a_worker_that_starts_waits_for_no_bundle_and_is_switched_once_it_has_come(
+    worker: Worker, late: Worker
+) -> None:
+    late.arrives["null:1/2"] = arrives = threading.Event()
+    announced = announce_folder(worker.kafka, "null:1/2", worker.name)
+
+    started = threading.Thread(target=late.switch.start, daemon=True)
+    started.start()
+    started.join(5)
+    assert not started.is_alive()
+    try:
+        late.run(0)
+        late.feed(0, 20)
+        assert late.running[0].bundle == BASE.version
+        arrives.set()
+        late.switch_over(0)
+        late.feed(0, 20)
+    finally:
+        arrives.set()
+        late.switch.close()
+
+    assert [(s.bundle, s.input_offset) for s in late.running[0].store.switches()] == [
+        (BASE.version, 0),
+        (announced.version, 20),
+    ]
+
+
+def test_a_worker_that_starts_with_the_newest_bundle_begins_with_it_and_stays(worker: Worker, late: Worker) -> None:
+    announce_folder(worker.kafka, "null:1/2", worker.name)
+    announce(worker.kafka, "null:0", BASE.version, BASE.space, worker.name)
+
+    late.run(0)
+    late.feed(0, 5)
+    late.look_and_prepare()
+
+    assert late.switch.ready(late.running) == [] and not late.switch.pending(late.running)
+    assert late.loads == [] and late.switch.target is BASE
+
+
+def test_a_partition_of_which_nothing_was_read_begins_with_the_bundle_that_has_come_where_it_would_have_begun(
+    late: Worker,
+) -> None:
+    announced = announce_folder(late.kafka, "null:1/2", late.name)
+    late.running[0] = partition = late.open(0)
+    late.switch.begin(partition, 500)  # the topic begins there
+    late.look_and_prepare()
+
+    assert late.switch.ready(late.running) == [0]
+    assert not late.switch.adopt(partition)  # there is nothing to write yet
+
+    assert partition.switch is not None and (partition.epoch, partition.bundle) == (0, announced.version)
+    assert partition.switch.input_offset == 500
+
+
+def test_whoever_stops_at_the_end_waits_for_a_bundle_that_is_being_fetched_and_not_for_one_that_cannot_be_had(
+    worker: Worker,
+) -> None:
+    worker.run(0)
+    worker.feed(0, 5)
+    worker.arrives["null:1/2"] = arrives = threading.Event()
+    worker.missing.add("null:1/2")
+    announce_folder(worker.kafka, "null:1/2", worker.name)
+
+    until(lambda: worker.loads == ["null:1/2"], "it is being fetched", 20)
+    assert worker.switch.pending(worker.running)
+
+    arrives.set()
+    until(lambda: not worker.switch.pending(worker.running), "the fetch has failed", 20)
+
+
+def test_a_restore_that_would_have_to_wait_for_a_fetch_makes_room_for_others(worker: Worker, late: Worker) -> None:
+    # given: two partitions in a bundle that is slow to come, and one in the base
+    for number in (0, 1):
+        worker.run(number)
+        worker.feed(number, 5)
+    announce_folder(worker.kafka, "null:1/2", worker.name)
+    worker.switch_over(0, 1)
+    for number in (0, 1):
+        worker.close(number)
+    late.arrives["null:1/2"] = arrives = threading.Event()
+    first = threading.Thread(target=late.run, args=(0,), daemon=True)
+    first.start()
+    until(lambda: late.loads == ["null:1/2"], "it is being fetched", 20)
+
+    # when
+    with pytest.raises(BundleComing, match="another one is being fetched"):
+        late.run(1)
+    arrives.set()
+    first.join(20)
+    late.run(1)
+
+    # then
+    assert late.loads == ["null:1/2"] and sorted(late.running) == [0, 1]
 
 
 def test_a_partition_that_comes_with_a_bundle_that_cannot_be_had_is_not_run_in_an_older_epoch(worker: Worker) -> None:
