@@ -84,7 +84,8 @@ class BundleSwitch:
         self._target = base if announced is None else None
         self._announced = announced
         self._load, self._running = load, running
-        self._ready: dict[int, tuple[Partition, str]] = {}  # grouped by this bundle up to the last commit or so
+        # Grouped by this bundle up to the last commit or so, for this epoch: an abort goes back to the one before.
+        self._ready: dict[int, tuple[Partition, str, int]] = {}
         self._straight: dict[int, PairModel] = {}  # partitions that begin with a switch
         self._failed: dict[str, tuple[str, float]] = {}  # version → why it cannot be had, when to try again
         self._refused: set[str] = set()
@@ -207,7 +208,7 @@ class BundleSwitch:
         return switch is not None and self._place.get(switch.bundle, -1) < self._place.get(target, -1)
 
     def _is_grouped(self, partition: Partition, target: str) -> bool:
-        return not self.capped or self._ready.get(partition.partition) == (partition, target)
+        return not self.capped or self._ready.get(partition.partition) == (partition, target, partition.epoch + 1)
 
     # -- for the threads that restore ----------------------------------------------------------------------------------
 
@@ -385,7 +386,7 @@ class BundleSwitch:
             return False
         more = Regrouping(store, switch.epoch + 1, target.version, target.assign).step()
         if not more and self._target is target:
-            self._ready[number] = partition, target.version
+            self._ready[number] = partition, target.version, switch.epoch + 1
         return more
 
 

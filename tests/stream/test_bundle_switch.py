@@ -440,6 +440,29 @@ def test_nothing_is_grouped_for_the_epoch_after_one_that_is_not_committed(worker
     assert partition.bundle == newest.version
 
 
+def test_what_is_grouped_for_one_epoch_is_not_taken_for_the_next_one(late: Worker) -> None:
+    # given: the newest bundle's clusters are grouped for epoch 1
+    late.run(0)
+    late.feed(0, 20)
+    first = NullModel.at("null:1/2")
+    announce_folder(late.kafka, "null:1/2", late.name)
+    announce_folder(late.kafka, "null:2/3", late.name)
+    late.look_and_prepare()
+    assert late.switch.ready(late.running) == [0]
+
+    # when: another bundle begins that epoch
+    partition = late.running[0]
+    while Regrouping(partition.store, 1, first.version, first.assign, 20).step():
+        pass
+    partition.adopt(first.version, first.space, 20)
+    late.commit(0)
+
+    # then: the loop does not group for epoch 2 by itself
+    assert late.switch.ready(late.running) == []
+    late.look_and_prepare()
+    assert late.switch.ready(late.running) == [0]
+
+
 def test_whatever_is_wrong_with_a_bundle_the_live_one_goes_on(worker: Worker) -> None:
     worker.run(0)
     worker.broken.add("null:1/2")
