@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka import KafkaError, KafkaException, Message
 
 from models.bundle import Manifest, read_files
 from models.errors import BundleError
@@ -29,7 +29,7 @@ from stream.kafka import (
     refused,
     start_offsets,
 )
-from stream.records import Codec
+from stream.records import Codec, UndecodableRecord
 from stream.rights import check_rights
 from stream.topics import BUNDLES
 
@@ -237,15 +237,25 @@ class Announced:
             self._next = start_offsets(connection, BUNDLES, [0])[0]
         end = end_offsets(connection, BUNDLES, [0])[0]
         found = {(one.version, one.stream): one for one in self.all}
+        if end < self._next:
+            log.warning("%s was made anew: what was announced before counts no more", BUNDLES)
+            self._next, found = start_offsets(connection, BUNDLES, [0])[0], {}
         for messages in read_partition(connection, BUNDLES, 0, self._next, end, timeout_s=DELIVERY_TIMEOUT_S):
             for message in messages:
-                if message.value() is not None:
-                    announcement = Announcement(**self._codec.decode(message.value()))
+                if message.value() is not None and (announcement := self._announcement(message)) is not None:
                     # Not by the record's key: older versions of this software left the stream out of it.
                     found.pop((announcement.version, announcement.stream), None)
                     found[announcement.version, announcement.stream] = announcement
         self._next, self.all = max(self._next, end), list(found.values())
         return self.all
+
+    def _announcement(self, message: Message) -> Announcement | None:
+        """What a record says; None: it is no announcement, which is told, and keeps nobody from the next one."""
+        try:
+            return Announcement(**self._codec.decode(message.value() or b""))
+        except (UndecodableRecord, TypeError) as error:
+            log.warning("%s: offset %d is no announcement (%s): passing over it", BUNDLES, message.offset(), error)
+            return None
 
 
 def told(announcements: Iterable[Announcement], stream: str) -> dict[str, Announcement]:

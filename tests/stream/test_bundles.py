@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+import pytest
+
 from stream.bundle_list import list_bundles
-from stream.bundles import Announcement, announce, announced, told
+from stream.bundles import Announced, Announcement, announce, announced, told
 from stream.kafka import Connection, end_offsets, read_partition
 from stream.records import Codec
 from stream.topics import BUNDLES
+from tests.end_to_end.worker_process import until
 
 
 def uris_of(kafka: Connection, stream: str) -> list[str]:
@@ -63,3 +66,45 @@ def test_without_a_stream_a_bundle_is_listed_for_each_one_that_was_told_of_it(ka
     listed = [one.announcement for one in list_bundles(kafka, None).bundles if one.version == f"{name}-v1"]
 
     assert [one.stream for one in listed if one is not None] == [f"{name}-a", f"{name}-b"]
+
+
+@pytest.fixture
+def own_topic(kafka: Connection, name: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A topic of announcements for one test alone, which does to it what others could not stand."""
+    monkeypatch.setattr("stream.bundles.BUNDLES", name)
+    return name
+
+
+def test_a_topic_that_was_made_anew_is_read_from_its_beginning_and_what_it_said_before_is_forgotten(
+    kafka: Connection, own_topic: str
+) -> None:
+    for bundle in ("one", "two", "three"):
+        announce(kafka, f"/{bundle}", bundle, "space")
+    following = Announced(kafka)
+    assert [one.version for one in following.look()] == ["one", "two", "three"]
+
+    kafka.admin.delete_topics([own_topic])[own_topic].result()
+    until(lambda: own_topic not in kafka.admin.list_topics(timeout=10).topics, "it is gone")
+    for bundle in ("four", "one"):
+        announce(kafka, f"/{bundle}", bundle, "space")
+
+    assert [one.version for one in following.look()] == ["four", "one"]
+    announce(kafka, "/five", "five", "space")
+    assert [one.version for one in following.look()] == ["four", "one", "five"]
+
+
+def test_a_record_that_is_no_announcement_is_told_of_once_and_passed_over(
+    kafka: Connection, own_topic: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    announce(kafka, "/one", "one", "space")
+    producer = kafka.producer(acks="all")
+    producer.produce(own_topic, b"by hand", b"two", 0)
+    producer.flush()
+    announce(kafka, "/three", "three", "space")
+    following = Announced(kafka)
+
+    for _ in range(2):
+        assert [one.version for one in following.look()] == ["one", "three"]
+
+    told = [record.getMessage() for record in caplog.records if "no announcement" in record.getMessage()]
+    assert len(told) == 1 and "offset 1 " in told[0]
