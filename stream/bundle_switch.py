@@ -33,6 +33,8 @@ LOOK_EVERY_S = 1.0
 # A bundle that could not be loaded is tried again after this long.
 TRY_AGAIN_AFTER_S = 10.0
 IDLE_S = 0.2
+# A full disk fails five times a second.
+SAY_AGAIN_AFTER_S = 60.0
 # How often who waits for a bundle looks whether he is still wanted.
 LOOK_UP_S = 0.1
 # A restore waits so long for whoever is looking. A fetch takes longer, and other restores want the thread meanwhile.
@@ -89,6 +91,7 @@ class BundleSwitch:
         self._straight: dict[int, PairModel] = {}  # partitions that begin with a switch
         self._failed: dict[str, tuple[str, float]] = {}  # version → why it cannot be had, when to try again
         self._refused: set[str] = set()
+        self._trouble: dict[int, tuple[str, float]] = {}  # partition → why it cannot be prepared, when that was told
         self._looked_at = -LOOK_EVERY_S
         self._told: dict[str, Announcement] = {}  # what this stream was told, in order
         self._known: dict[str, Announcement] = {}  # … and what others were, of bundles that it was not told of
@@ -368,9 +371,16 @@ class BundleSwitch:
                     busy |= self._step(number, partition, target)
             except StoreClosed:  # it was taken back
                 continue
-            except StateError as error:
-                log.warning("partition %d cannot be prepared for bundle %s: %s", number, target.version[:12], error)
+            except Exception as error:  # whatever is wrong with one, the others go on
+                self._tell(number, f"cannot be prepared for bundle {target.version[:12]}: {_said(error)}")
         return busy
+
+    def _tell(self, number: int, trouble: str) -> None:
+        """Says what is wrong with a partition: once, and again where it is something else or still so after a while."""
+        before, told_at = self._trouble.get(number, ("", 0.0))
+        if trouble != before or time.monotonic() - told_at >= SAY_AGAIN_AFTER_S:
+            self._trouble[number] = trouble, time.monotonic()
+            log.warning("partition %d %s; trying on", number, trouble)
 
     def _step(self, number: int, partition: Partition, target: PairModel) -> bool:
         switch, store = partition.switch, partition.store
@@ -393,6 +403,11 @@ class BundleSwitch:
 def _is_committed(partition: Partition) -> bool:
     """Whether the present epoch of a partition is; one that has nothing committed has nothing to lose."""
     return partition.committed is None or partition.committed.epoch == partition.epoch
+
+
+def _said(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, StateError) else f"{type(error).__name__}: {text}"
 
 
 def _another(live: str, given: str) -> str:

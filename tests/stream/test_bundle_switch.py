@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from models.errors import BundleError
 from models.model import PairModel
@@ -39,6 +40,7 @@ class Worker:
         self.metrics, self.models, self.missing = Metrics(), dict[str, PairModel](), set[str]()
         self.broken = set[str]()
         self.loads: list[str] = []
+        self.brought: dict[str, PairModel] = {}  # what a URI holds, where that is no null model as others
         self.arrives: dict[str, threading.Event] = {}  # of bundles that are slow to fetch
         self.switch = BundleSwitch(
             BASE, name, name, Announced(kafka), self.load, lambda: self.running, capped, self.metrics, self.models
@@ -55,7 +57,7 @@ class Worker:
             raise BundleError(f"{announcement.uri} is cut off")
         if announcement.uri in self.broken:
             raise RuntimeError("a tensor has another shape")
-        return NullModel.at(announcement.uri)
+        return self.brought.get(announcement.uri) or NullModel.at(announcement.uri)
 
     def open(self, number: int) -> Partition:
         return Partition(PartitionStore(self.folder / str(number), map_bytes=1 << 24), self.settings, number)
@@ -438,6 +440,82 @@ def test_nothing_is_grouped_for_the_epoch_after_one_that_is_not_committed(worker
     worker.commit(0)
     worker.switch_over(0)
     assert partition.bundle == newest.version
+
+
+class HeldUp(NullModel):
+    """Does not answer from when it is told to stop until it is told to go."""
+
+    def __init__(self, seed: int, clusters: int) -> None:
+        super().__init__(seed=seed, clusters=clusters)
+        self.go, self.asked = threading.Event(), threading.Event()
+        self.go.set()
+
+    def stop(self) -> None:
+        self.go.clear()
+        self.asked.clear()
+
+    def assign(self, vectors: NDArray[np.uint16]) -> NDArray[np.int32]:
+        self.asked.set()
+        self.go.wait(60)
+        return super().assign(vectors)
+
+
+def test_while_an_epoch_begins_its_groups_are_not_thrown_away_for_a_newer_bundle(late: Worker) -> None:
+    # given: a partition that is ready, with a few entries that are left to the moment of the switch
+    late.brought["null:1/20"] = held_up = HeldUp(1, 20)
+    late.run(0)
+    late.feed(0, 300)
+    announce_folder(late.kafka, "null:1/20", late.name)
+    late.look_and_prepare()
+    late.feed(0, 10)
+    partition, begun = late.running[0], list[bool]()
+
+    # when: a newer bundle comes and is prepared for while the loop is grouping those
+    held_up.stop()
+    loop = threading.Thread(target=lambda: begun.append(late.switch.adopt(partition)), daemon=True)
+    loop.start()
+    until(held_up.asked.is_set, "the epoch is being begun", 20)
+    newest = announce_folder(late.kafka, "null:2/30", late.name)
+    thread = threading.Thread(target=late.look_and_prepare, daemon=True)
+    thread.start()
+    until(lambda: late.switch.target.version == newest.version, "the newer one is the target", 20)
+    thread.join(1)  # it may have to wait for the loop, or not
+    held_up.go.set()
+    for one in (loop, thread):
+        one.join(20)
+
+    # then: the epoch has its groups, and goes on with them
+    assert begun == [True] and (partition.epoch, partition.bundle) == (1, held_up.version)
+    late.commit(0)
+    late.look_and_prepare()
+    assert partition.store.grouped(1, held_up.version, 310)
+    late.feed(0, 300)
+    assert partition.store.position().totals.read == 610  # type: ignore[union-attr]
+
+
+class Picky(NullModel):
+    """Cannot assign the vectors of `feed` from the tenth on."""
+
+    def assign(self, vectors: NDArray[np.uint16]) -> NDArray[np.int32]:
+        if (vectors >= 10).any():
+            raise RuntimeError("no such code")
+        return super().assign(vectors)
+
+
+def test_a_partition_that_cannot_be_prepared_is_told_of_once_and_holds_up_no_other(
+    late: Worker, caplog: pytest.LogCaptureFixture
+) -> None:
+    late.brought["null:1/2"] = Picky(seed=1, clusters=2)
+    for number, count in ((0, 20), (1, 5)):
+        late.run(number)
+        late.feed(number, count)
+    announce_folder(late.kafka, "null:1/2", late.name)
+    for _ in range(3):
+        late.look_and_prepare()
+
+    assert late.switch.ready(late.running) == [1]
+    told = [record.getMessage() for record in caplog.records if "cannot be prepared" in record.getMessage()]
+    assert len(told) == 1 and told[0].startswith("partition 0 ") and "no such code" in told[0]
 
 
 def test_what_is_grouped_for_one_epoch_is_not_taken_for_the_next_one(late: Worker) -> None:
