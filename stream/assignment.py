@@ -43,7 +43,7 @@ class Assignment:
 
     def __init__(self, intake: Intake, restore: Restore, on_restored: Callable[[int, Restored], None]) -> None:
         self.running: dict[int, Partition] = {}
-        self.joined = False  # whether the group has ever answered
+        self.joined = False  # whether the group has answered, and not taken this worker for dead since
         self._intake = intake
         self._restore = restore
         self._on_restored = on_restored
@@ -63,6 +63,9 @@ class Assignment:
     def assigned(self, partitions: list[int]) -> None:
         """The group gave us `partitions`: their stores are restored in the background."""
         self.joined = True
+        self._restore_all(partitions)
+
+    def _restore_all(self, partitions: list[int]) -> None:
         for number in partitions:
             self._begin_restore(number)
         if partitions:
@@ -146,10 +149,13 @@ class Assignment:
         return stopped
 
     def restore_again(self, partitions: Iterable[int]) -> None:
-        """Begins anew with these running partitions, from what is committed: nobody here knows what that is any more."""
+        """Begins anew with these running partitions, from what is committed: nobody here knows what that is any more.
+
+        Unlike `assigned` this says nothing of the group, which may have taken the worker for dead.
+        """
         running = list(partitions)
         self.revoked(running, lost=True)
-        self.assigned(running)
+        self._restore_all(running)
 
     def close(self) -> None:
         """Closes what is left."""

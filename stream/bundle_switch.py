@@ -193,15 +193,19 @@ class BundleSwitch:
         if self._announced is None and partition.bundle != self.base.version:
             raise TldrError(_another(partition.bundle or "", self.base.version))
 
-    def keep_only_what_is_used(self) -> None:
-        """Forgets the bundles that no partition runs with. Not while one is restoring: its bundle may just be loaded."""
-        if not self._one_at_a_time.acquire(blocking=False):  # one is being fetched: the loop does not wait for that
-            return
+    def keep_only_what_is_used(self) -> bool:
+        """Forgets the bundles that no partition runs with; False: one is being fetched, which the loop does not wait for.
+
+        Not to be called while a partition is restored: its bundle may just be loaded.
+        """
+        if not self._one_at_a_time.acquire(blocking=False):
+            return False
         try:
             used = {self.base.version, self.target.version, *(p.bundle or "" for p in self._running().values())}
             for version in self.models.keys() - used:
                 del self.models[version]
             self._forget(used)
+            return True
         finally:
             self._one_at_a_time.release()
 
