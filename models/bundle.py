@@ -163,10 +163,12 @@ def load_model(
     return LoadedModel.of(manifest, contents, device, blip=blip, matching=matching)
 
 
-def load_beside(path: Path | str, live: "PairModel", device: str | None = None) -> "PairModel":
+def load_beside(
+    path: Path | str, live: "PairModel", device: str | None = None, *, blip: Path | None = None
+) -> "PairModel":
     """The bundle `path`, to take over from the model `live`: only its clusters are loaded where the networks are the same.
 
-    Checks every hash first. Raises BundleError, and where encoder, codebook or gate are others.
+    blip  as in `load_model`. Checks every hash first. Raises BundleError, and where encoder, codebook or gate are others.
     """
     from models.loaded import LoadedModel
 
@@ -178,7 +180,7 @@ def load_beside(path: Path | str, live: "PairModel", device: str | None = None) 
         )
     decoder = manifest.data["files"].get("decoder.safetensors")
     if not isinstance(live, LoadedModel) or decoder != live.manifest.data["files"]["decoder.safetensors"]:
-        return load_model(path, device)
+        return load_model(path, device, blip=blip)
     manifest, contents = read_files(path, ["clusters.safetensors"])
     if not manifest.complete:
         raise BundleError(f"{path} has no clusters: run `tldr-stream bootstrap` on it to make it a whole bundle")

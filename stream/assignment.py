@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from state.partition import Partition
-from stream.bundle_switch import BundleMissing
+from stream.bundle_switch import BundleComing, BundleMissing
 from stream.intake import Intake
 from stream.logs import at, place
 from stream.restore import Cancel, Restored
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 RESTORES_AT_ONCE = 2
 # A partition whose bundle cannot be had is tried again after this long.
 BUNDLE_AGAIN_AFTER_S = 5.0
+# … and one that waits for the fetch of another bundle to end.
+BUNDLE_COMING_AFTER_S = 1.0
 
 Restore = Callable[[int, Cancel], Restored | None]
 
@@ -41,7 +43,7 @@ class Assignment:
 
     def __init__(self, intake: Intake, restore: Restore, on_restored: Callable[[int, Restored], None]) -> None:
         self.running: dict[int, Partition] = {}
-        self.joined = False  # whether the group has ever answered
+        self.joined = False  # whether the group has answered, and not taken this worker for dead since
         self._intake = intake
         self._restore = restore
         self._on_restored = on_restored
@@ -61,6 +63,9 @@ class Assignment:
     def assigned(self, partitions: list[int]) -> None:
         """The group gave us `partitions`: their stores are restored in the background."""
         self.joined = True
+        self._restore_all(partitions)
+
+    def _restore_all(self, partitions: list[int]) -> None:
         for number in partitions:
             self._begin_restore(number)
         if partitions:
@@ -84,9 +89,12 @@ class Assignment:
             try:
                 restored = restoring.future.result()
             except BundleMissing as missing:
+                coming = isinstance(missing, BundleComing)
                 if self._waiting.get(number, (0.0, ""))[1] != str(missing):
-                    log.error("partition %d is not run: %s; trying on", number, missing)
-                self._waiting[number] = time.monotonic() + BUNDLE_AGAIN_AFTER_S, str(missing)
+                    level = logging.INFO if coming else logging.ERROR
+                    log.log(level, "partition %d is not run: %s; trying on", number, missing)
+                again_after_s = BUNDLE_COMING_AFTER_S if coming else BUNDLE_AGAIN_AFTER_S
+                self._waiting[number] = time.monotonic() + again_after_s, str(missing)
                 continue
             self._waiting.pop(number, None)
             if restored is None:
@@ -141,10 +149,13 @@ class Assignment:
         return stopped
 
     def restore_again(self, partitions: Iterable[int]) -> None:
-        """Begins anew with these running partitions, from what is committed: nobody here knows what that is any more."""
+        """Begins anew with these running partitions, from what is committed: nobody here knows what that is any more.
+
+        Unlike `assigned` this says nothing of the group, which may have taken the worker for dead.
+        """
         running = list(partitions)
         self.revoked(running, lost=True)
-        self.assigned(running)
+        self._restore_all(running)
 
     def close(self) -> None:
         """Closes what is left."""

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from stream.bundles import Announcement, announced
+from stream.bundles import Announcement, announced, told
 from stream.cut import written
 from stream.kafka import Connection
 from stream.rights import check_rights
@@ -24,7 +24,10 @@ class Use:
 
 @dataclass
 class ListedBundle:
-    """A bundle. announcement None: a stream runs or ran with it, and it was never announced."""
+    """A bundle. announcement None: a stream runs or ran with it, and it was never announced.
+
+    A bundle that was announced to several streams is listed for each of them where no stream is named.
+    """
 
     version: str
     announcement: Announcement | None
@@ -63,14 +66,16 @@ def list_bundles(connection: Connection, source: StreamSource | None) -> BundleL
     Raises TldrError where that stream does not exist or has committed nothing yet.
     """
     check_rights(connection, "bundle list")
-    known = {a.version: ListedBundle(a.version, a, None) for a in announced(connection)}
+    everything = announced(connection)
     if source is None:
-        return BundleList(None, list(known.values()))
+        return BundleList(None, [ListedBundle(a.version, a, None) for a in everything])
     view = read_view(source)
-    for listed in known.values():
-        about = listed.announcement
-        if about is not None:
-            listed.fits = about.stream in ("", source.name) and about.space == view.settings.space
+    own = told(everything, source.name)
+    known: dict[str, ListedBundle] = {}
+    for a in everything:
+        if own.get(a.version, a) is a:  # else the stream was told of it, and this is what was said to another one
+            known.pop(a.version, None)
+            known[a.version] = ListedBundle(a.version, a, a.version in own and a.space == view.settings.space)
     epochs: dict[tuple[int, str], Use] = {}
     for p, part in sorted(view.partitions.items()):
         for epoch, switch in part.switches.items():

@@ -12,6 +12,7 @@ else declines to run it (BundleMissing).
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from models.model import PairModel
 from state.errors import StateError, StoreClosed
 from state.partition import Partition
 from state.regroup import Regrouping, sweep
-from stream.bundles import Announced, Announcement
+from stream.bundles import Announced, Announcement, known_to, told
 from stream.errors import TldrError
 from stream.kafka import MissingRight
 from stream.logs import at
@@ -32,8 +33,12 @@ LOOK_EVERY_S = 1.0
 # A bundle that could not be loaded is tried again after this long.
 TRY_AGAIN_AFTER_S = 10.0
 IDLE_S = 0.2
+# A full disk fails five times a second.
+SAY_AGAIN_AFTER_S = 60.0
 # How often who waits for a bundle looks whether he is still wanted.
 LOOK_UP_S = 0.1
+# A restore waits so long for whoever is looking. A fetch takes longer, and other restores want the thread meanwhile.
+PATIENCE_S = 0.3
 
 Cancelled = Callable[[], bool]
 Load = Callable[[Announcement, Cancelled], PairModel]
@@ -41,6 +46,10 @@ Load = Callable[[Announcement, Cancelled], PairModel]
 
 class BundleMissing(Exception):
     """The bundle that a partition runs with cannot be loaded here now, and no newer one either."""
+
+
+class BundleComing(BundleMissing):
+    """It may be had once the bundle is here that is being fetched now."""
 
 
 class BundleSwitch:
@@ -77,12 +86,16 @@ class BundleSwitch:
         self._target = base if announced is None else None
         self._announced = announced
         self._load, self._running = load, running
-        self._ready: dict[int, tuple[Partition, str]] = {}  # grouped by this bundle up to the last commit or so
+        # Grouped by this bundle up to the last commit or so, for this epoch: an abort goes back to the one before.
+        self._ready: dict[int, tuple[Partition, str, int]] = {}
         self._straight: dict[int, PairModel] = {}  # partitions that begin with a switch
         self._failed: dict[str, tuple[str, float]] = {}  # version → why it cannot be had, when to try again
         self._refused: set[str] = set()
+        self._trouble: dict[int, tuple[str, float]] = {}  # partition → why it cannot be prepared, when that was told
         self._looked_at = -LOOK_EVERY_S
-        self._place: dict[str, int] = {}  # version → its place in the order of the announcements
+        self._told: dict[str, Announcement] = {}  # what this stream was told, in order
+        self._known: dict[str, Announcement] = {}  # … and what others were, of bundles that it was not told of
+        self._place: dict[str, int] = {}  # version → its place in the order of what this stream was told
         self._one_at_a_time = threading.Lock()
         self._looking = threading.Lock()
         # Neither is the epoch begun for which the thread is grouping, nor is grouped for another one what is being begun.
@@ -93,12 +106,13 @@ class BundleSwitch:
     def start(self) -> None:
         """Begins to follow. The announcements that are there already are known afterwards. Raises Unavailable.
 
+        What they announce is fetched in the thread: a worker joins, and hears signals, however long that takes.
         Without the right to read them, the worker stays with the bundle that it has, and says which right that is.
         """
         if self._announced is None:
             return
         try:
-            self._look()
+            self._look_now()
         except MissingRight as missing:
             log.warning("announced bundles are not followed: %s", missing)
             self._announced = None
@@ -128,8 +142,14 @@ class BundleSwitch:
         return found
 
     def pending(self, running: Mapping[int, Partition]) -> bool:
-        """Whether one of these partitions is still to be switched to the target."""
-        return any(self._wants(p, self.target.version) and _is_committed(p) for p in running.values())
+        """Whether one of these partitions is still to be switched, or to be once the newest bundle is fetched.
+
+        One that cannot be had is tried again, but nobody knows whether it ever comes: it is not waited for.
+        """
+        versions, newest = {self.target.version}, self._newest()
+        if newest is not None and newest.version not in self._failed:
+            versions.add(newest.version)
+        return any(self._wants(p, v) and _is_committed(p) for p in running.values() for v in versions)
 
     def has(self, partition: Partition) -> bool:
         """Whether the bundle that a partition runs with is loaded here."""
@@ -149,7 +169,7 @@ class BundleSwitch:
         is_ready = self._wants(partition, target.version) and self._is_grouped(partition, target.version)
         if switch is None or not is_ready:
             return False
-        until, tail = partition.next_offset or 0, None
+        until, tail = switch.input_offset if partition.next_offset is None else partition.next_offset, None
         if self.capped:
             store, epoch = partition.store, switch.epoch + 1
             tail = Regrouping(store, epoch, target.version, target.assign, until, alone=True).tail()
@@ -173,15 +193,19 @@ class BundleSwitch:
         if self._announced is None and partition.bundle != self.base.version:
             raise TldrError(_another(partition.bundle or "", self.base.version))
 
-    def keep_only_what_is_used(self) -> None:
-        """Forgets the bundles that no partition runs with. Not while one is restoring: its bundle may just be loaded."""
-        if not self._one_at_a_time.acquire(blocking=False):  # one is being fetched: the loop does not wait for that
-            return
+    def keep_only_what_is_used(self) -> bool:
+        """Forgets the bundles that no partition runs with; False: one is being fetched, which the loop does not wait for.
+
+        Not to be called while a partition is restored: its bundle may just be loaded.
+        """
+        if not self._one_at_a_time.acquire(blocking=False):
+            return False
         try:
             used = {self.base.version, self.target.version, *(p.bundle or "" for p in self._running().values())}
             for version in self.models.keys() - used:
                 del self.models[version]
             self._forget(used)
+            return True
         finally:
             self._one_at_a_time.release()
 
@@ -191,14 +215,14 @@ class BundleSwitch:
         return switch is not None and self._place.get(switch.bundle, -1) < self._place.get(target, -1)
 
     def _is_grouped(self, partition: Partition, target: str) -> bool:
-        return not self.capped or self._ready.get(partition.partition) == (partition, target)
+        return not self.capped or self._ready.get(partition.partition) == (partition, target, partition.epoch + 1)
 
     # -- for the threads that restore ----------------------------------------------------------------------------------
 
     def make_ready(self, partition: Partition, next_offset: int, cancelled: Cancelled) -> bool:
         """Loads what a restored partition runs with, and groups its entries where that is not done; False: cancelled.
 
-        Raises BundleMissing, StateError.
+        Raises BundleMissing (BundleComing: ask again soon), StateError.
         """
         self._straight.pop(partition.partition, None)  # of a restore that came to nothing
         switch = partition.switch
@@ -212,8 +236,10 @@ class BundleSwitch:
             # What is loaded is not forgotten while a partition is restored, and whoever fetches another one may take long.
             found = self.models.get(switch.bundle)
             if found is None:
-                if not self._let_in(cancelled):
-                    return False
+                if not self._let_in(cancelled, PATIENCE_S):
+                    if cancelled():
+                        return False
+                    raise BundleComing(f"it runs with bundle {switch.bundle[:12]}, and another one is being fetched")
                 try:
                     self._look_now()
                     found = self._model(switch.bundle, cancelled)
@@ -237,10 +263,11 @@ class BundleSwitch:
             return True
         return Regrouping(partition.store, epoch, model.version, model.assign, until, alone=True).finish(cancelled)
 
-    def _let_in(self, cancelled: Cancelled) -> bool:
-        """Whether the caller may look and load now, who is then to release `_one_at_a_time`; False: cancelled."""
+    def _let_in(self, cancelled: Cancelled, patience_s: float = math.inf) -> bool:
+        """Whether the caller may look and load now, who is then to release `_one_at_a_time`; False: cancelled, or too late."""
+        too_late = time.monotonic() + patience_s
         while not self._one_at_a_time.acquire(timeout=LOOK_UP_S):
-            if cancelled():
+            if cancelled() or time.monotonic() > too_late:
                 return False
         return True
 
@@ -265,6 +292,8 @@ class BundleSwitch:
             return
         try:
             self._look_now()
+            self._looked_at = time.monotonic()
+            self._refuse_others()
             self._choose(self._stop.is_set)
         finally:
             self._one_at_a_time.release()
@@ -272,18 +301,19 @@ class BundleSwitch:
     def _look_now(self) -> None:
         with self._looking:
             if self._announced is not None:
-                self._place = {version: place for place, version in enumerate(self._announced.look())}
-                self._looked_at = time.monotonic()
+                everything = self._announced.look()
+                self._told, self._known = told(everything, self.stream), known_to(everything, self.stream)
+                self._place = {version: place for place, version in enumerate(self._told)}
 
     def _newest(self) -> Announcement | None:
-        """The last announcement that fits the stream; those that do not are told of once."""
-        fitting = None
-        for announcement in self._announced.by_version.values() if self._announced else ():
-            if announcement.stream not in ("", self.stream):
-                continue
-            if announcement.space == self.base.space:
-                fitting = announcement
-            elif announcement.version not in self._refused:
+        """The last announcement that fits the stream."""
+        fitting = [one for one in self._told.values() if one.space == self.base.space]
+        return fitting[-1] if fitting else None
+
+    def _refuse_others(self) -> None:
+        """Tells, once of each, which announcements do not fit the stream."""
+        for announcement in self._told.values():
+            if announcement.space != self.base.space and announcement.version not in self._refused:
                 self._refused.add(announcement.version)
                 log.log(
                     logging.WARNING if announcement.stream else logging.INFO,
@@ -291,7 +321,6 @@ class BundleSwitch:
                     "--stream on the same raw topic with it, which is then reduced from its beginning",
                     announcement.version[:12],
                 )  # fmt: skip
-        return fitting
 
     def _choose(self, cancelled: Cancelled) -> None:
         """Makes the newest fitting bundle the target, if it can be loaded."""
@@ -312,7 +341,7 @@ class BundleSwitch:
         """The model of a bundle; None: it cannot be had now, which is told once, or the caller is no longer wanted."""
         if version in self.models:
             return self.models[version]
-        announcement = self._announced.by_version.get(version) if self._announced else None
+        announcement = self._known.get(version)  # a partition may run with one that only another stream was told of
         if announcement is None:
             return None
         before, again_at = self._failed.get(version, ("", 0.0))
@@ -346,9 +375,16 @@ class BundleSwitch:
                     busy |= self._step(number, partition, target)
             except StoreClosed:  # it was taken back
                 continue
-            except StateError as error:
-                log.warning("partition %d cannot be prepared for bundle %s: %s", number, target.version[:12], error)
+            except Exception as error:  # whatever is wrong with one, the others go on
+                self._tell(number, f"cannot be prepared for bundle {target.version[:12]}: {_said(error)}")
         return busy
+
+    def _tell(self, number: int, trouble: str) -> None:
+        """Says what is wrong with a partition: once, and again where it is something else or still so after a while."""
+        before, told_at = self._trouble.get(number, ("", 0.0))
+        if trouble != before or time.monotonic() - told_at >= SAY_AGAIN_AFTER_S:
+            self._trouble[number] = trouble, time.monotonic()
+            log.warning("partition %d %s; trying on", number, trouble)
 
     def _step(self, number: int, partition: Partition, target: PairModel) -> bool:
         switch, store = partition.switch, partition.store
@@ -364,13 +400,18 @@ class BundleSwitch:
             return False
         more = Regrouping(store, switch.epoch + 1, target.version, target.assign).step()
         if not more and self._target is target:
-            self._ready[number] = partition, target.version
+            self._ready[number] = partition, target.version, switch.epoch + 1
         return more
 
 
 def _is_committed(partition: Partition) -> bool:
     """Whether the present epoch of a partition is; one that has nothing committed has nothing to lose."""
     return partition.committed is None or partition.committed.epoch == partition.epoch
+
+
+def _said(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, StateError) else f"{type(error).__name__}: {text}"
 
 
 def _another(live: str, given: str) -> str:

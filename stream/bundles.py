@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka import KafkaError, KafkaException, Message
 
 from models.bundle import Manifest, read_files
 from models.errors import BundleError
@@ -29,7 +29,7 @@ from stream.kafka import (
     refused,
     start_offsets,
 )
-from stream.records import Codec
+from stream.records import Codec, UndecodableRecord
 from stream.rights import check_rights
 from stream.topics import BUNDLES
 
@@ -58,6 +58,8 @@ class Announcement:
 
 def announce(connection: Connection, uri: str, version: str, space: str, stream: str = "") -> Announcement:
     """Announces the bundle at `uri` to the workers of `stream` ("" = of any). Creates the topic if it is missing."""
+    # A compacted topic keeps the last record of a key: what one stream is told must not take away what another one was.
+    key = f"{version}/{stream}" if stream else version
     check_rights(connection, "bundle announce")
     create_missing(connection, {BUNDLES: {"cleanup.policy": "compact"}}, 1)
     announcement = Announcement(version, uri, space, stream, int(time.time() * 1000))
@@ -65,7 +67,7 @@ def announce(connection: Connection, uri: str, version: str, space: str, stream:
     producer = connection.producer(acks="all")
     try:
         producer.produce(
-            BUNDLES, Codec("BundleAnnouncement").encode(asdict(announcement)), version.encode(), 0,
+            BUNDLES, Codec("BundleAnnouncement").encode(asdict(announcement)), key.encode(), 0,
             on_delivery=lambda error, message: failures.append(error) if error is not None else None,
         )  # fmt: skip
         if producer.flush(DELIVERY_TIMEOUT_S):
@@ -218,31 +220,63 @@ def inspect(folder: Path) -> BundleView:
 
 
 class Announced:
-    """Every announced bundle by its version, oldest first, kept up to date by `look`; a version's last announcement counts."""
+    """All announcements, oldest first, kept up to date by `look`; the last one of a version to a stream counts."""
 
     def __init__(self, connection: Connection) -> None:
-        self.by_version: dict[str, Announcement] = {}
+        self.all: list[Announcement] = []
         self._connection = connection
         self._next: int | None = None
         self._codec = Codec("BundleAnnouncement")
 
-    def look(self) -> dict[str, Announcement]:
+    def look(self) -> list[Announcement]:
         """Reads what was announced since the last call. Raises Unavailable."""
         connection = self._connection
         if self._next is None:
             if BUNDLES not in partition_counts(connection, [BUNDLES]):
-                return self.by_version
+                return self.all
             self._next = start_offsets(connection, BUNDLES, [0])[0]
         end = end_offsets(connection, BUNDLES, [0])[0]
-        found = dict(self.by_version)
+        found = {(one.version, one.stream): one for one in self.all}
+        if end < self._next:
+            log.warning("%s was made anew: what was announced before counts no more", BUNDLES)
+            self._next, found = start_offsets(connection, BUNDLES, [0])[0], {}
         for messages in read_partition(connection, BUNDLES, 0, self._next, end, timeout_s=DELIVERY_TIMEOUT_S):
             for message in messages:
-                if message.value() is not None:
-                    announcement = Announcement(**self._codec.decode(message.value()))
-                    found.pop(announcement.version, None)
-                    found[announcement.version] = announcement
-        self._next, self.by_version = max(self._next, end), found
-        return found
+                if message.value() is not None and (announcement := self._announcement(message)) is not None:
+                    # Not by the record's key: older versions of this software left the stream out of it.
+                    found.pop((announcement.version, announcement.stream), None)
+                    found[announcement.version, announcement.stream] = announcement
+        self._next, self.all = max(self._next, end), list(found.values())
+        return self.all
+
+    def _announcement(self, message: Message) -> Announcement | None:
+        """What a record says; None: it is no announcement, which is told, and keeps nobody from the next one."""
+        try:
+            return Announcement(**self._codec.decode(message.value() or b""))
+        except (UndecodableRecord, TypeError) as error:
+            log.warning("%s: offset %d is no announcement (%s): passing over it", BUNDLES, message.offset(), error)
+            return None
+
+
+def told(announcements: Iterable[Announcement], stream: str) -> dict[str, Announcement]:
+    """What `stream` was told, or any: version → its last announcement, in the order of these."""
+    return _latest(one for one in announcements if one.stream in ("", stream))
+
+
+def _latest(announcements: Iterable[Announcement]) -> dict[str, Announcement]:
+    found: dict[str, Announcement] = {}
+    for one in announcements:
+        found.pop(one.version, None)
+        found[one.version] = one
+    return found
+
+
+def known_to(announcements: Iterable[Announcement], stream: str) -> dict[str, Announcement]:
+    """What `stream` was told, and of the bundles that it was not told of the last announcement to another one.
+
+    Their order says nothing. A version tells the content, so whoever runs with a bundle may have it from anywhere.
+    """
+    return _latest(announcements) | told(announcements, stream)
 
 
 def _scorer(manifest: Manifest) -> str:
@@ -253,9 +287,9 @@ def _scorer(manifest: Manifest) -> str:
 
 
 def announced(connection: Connection) -> list[Announcement]:
-    """Every announced bundle, oldest first; the last announcement of a version counts."""
+    """Every announcement, oldest first; the last one of a version to a stream counts."""
     check_rights(connection, "an announced bundle")
-    return list(Announced(connection).look().values())
+    return Announced(connection).look()
 
 
 def fitting_for(connection: Connection, stream: str, space: str | None = None) -> list[Announcement]:
@@ -263,7 +297,7 @@ def fitting_for(connection: Connection, stream: str, space: str | None = None) -
 
     Raises TldrError where there is none.
     """
-    fitting = [a for a in announced(connection) if a.stream in ("", stream) and not a.uri.startswith(NULL)]
+    fitting = [a for a in told(announced(connection), stream).values() if not a.uri.startswith(NULL)]
     if not fitting:
         raise TldrError(
             "no bundle was announced: make one with `tldr-stream bootstrap SOURCE --announce`, or give --bundle FOLDER"

@@ -321,7 +321,7 @@ def _beside(
         return NullModel.at(announcement.uri)
     from models.bundle import load_beside
 
-    return load_beside(_fetched(announcement, cache, cancelled), base, options.device)
+    return load_beside(_fetched(announcement, cache, cancelled), base, options.device, blip=options.blip)
 
 
 def _settings(options: ConsumeOptions, model: PairModel, partitions: int, raw_topic_id: str) -> StreamSettings:

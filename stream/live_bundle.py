@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stream.bundles import announced
+from stream.bundles import announced, known_to, told
 from stream.errors import TldrError
 from stream.kafka import Connection, MissingRight
 from stream.stream_view import StreamView
@@ -53,8 +53,8 @@ def running_bundle(connection: Connection, view: StreamView) -> str:
     present = _present(view)
     if len(present) > 1:
         with contextlib.suppress(MissingRight):
-            told = [one.version for one in announced(connection) if one.stream in ("", view.topics.name)]
-            if known := [version for version in told if version in present]:
+            versions = told(announced(connection), view.topics.name)
+            if known := [version for version in versions if version in present]:
                 return known[-1]
     return present.most_common(1)[0][0]
 
@@ -93,7 +93,8 @@ def live_bundle(connection: Connection, view: StreamView, given: str | None = No
             )
         return open_bundle(Path(given))
     running = running_bundle(connection, view)
-    uris = [one.uri for one in announced(connection) if one.version.startswith(running)]
+    known = known_to(announced(connection), view.topics.name)
+    uris = [one.uri for one in known.values() if one.version.startswith(running)]
     if not uris:
         raise TldrError(f"the stream runs with bundle {running[:12]}, which was never announced: give --bundle FOLDER")
     if "://" in uris[-1]:

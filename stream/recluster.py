@@ -22,7 +22,7 @@ from state.changelog import ENTRY, decode_entry
 from stream.allocator import bound_holes, give_all_back
 from stream.arithmetic import in_the_set
 from stream.bundle_fetch import store
-from stream.bundles import announce_folder, announced
+from stream.bundles import announce_folder, announced, told
 from stream.errors import TldrError
 from stream.live_bundle import LiveBundle, live_bundle
 from stream.recent_codes import Sample, recent_rows
@@ -409,9 +409,7 @@ def _pending(source: StreamSource, live: LiveBundle) -> str | None:
     of by name, as by an earlier `recluster`; what was announced to any stream may have been there before.
     """
     fitting = [
-        one
-        for one in announced(source.connection)
-        if one.stream in ("", source.name) and one.space == live.manifest.space
+        one for one in told(announced(source.connection), source.name).values() if one.space == live.manifest.space
     ]
     at = next((i for i, one in enumerate(fitting) if one.version == live.version), None)
     after = [one for one in fitting if one.stream] if at is None else fitting[at + 1 :]

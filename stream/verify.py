@@ -43,7 +43,7 @@ from state.partition import Fate
 from state.priority import hash_id, id_key
 from stream.batch_tldr import Before, Kept, Outcome, Row, reduce_partition
 from stream.bundle_fetch import fetch
-from stream.bundles import NULL, announced
+from stream.bundles import NULL, announced, known_to
 from stream.cut import codes_position, first_row_offset, written
 from stream.errors import Differs, NotVerified, TldrError
 from stream.kafka import partition_counts, start_offsets, topic_id
@@ -276,9 +276,10 @@ def models_of(
             return load_model(bundle, matching=False)
         if null and NullModel().version == version:
             return NullModel()
-        uri = next((a.uri for a in reversed(announced(source.connection)) if a.version == version), None)
-        if uri is None:
+        announcement = known_to(announced(source.connection), source.name).get(version)
+        if announcement is None:
             return None
+        uri = announcement.uri
         if uri.startswith(NULL):
             return NullModel.at(uri)
         with tempfile.TemporaryDirectory(prefix="tldr-bundle-") as folder:

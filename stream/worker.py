@@ -127,6 +127,7 @@ class Worker:
         self._knocking: Future[None] | None = None
         self._knock_thread = ThreadPoolExecutor(1, "knock")
         self._switch = switch
+        self._superseded = False  # whether a switch has left a bundle behind that nobody may need any more
         self._drift = DriftWatch(metrics, clock)
         self._clock = clock
         self._effects = Effects()
@@ -222,6 +223,7 @@ class Worker:
         if self._pending is None:
             if self._sending is not None and self._sending.done.done():
                 self._end_commit()
+            self._forget_superseded()
             for partition in self.assignment.running.values():
                 partition.store.make_room()
             if ready := self._switch.ready(self.assignment.running):
@@ -355,9 +357,7 @@ class Worker:
             self.assignment.restore_again(self.assignment.running)
             return
         keep(sending.sealed, self.assignment.running)
-        # Not before: an abort goes back to the bundle that the switch came from.
-        if sending.sealed.effects.switched and not self.assignment.restoring:
-            self._switch.keep_only_what_is_used()
+        self._superseded |= bool(sending.sealed.effects.switched)
         self._aborted_in_a_row = 0
         self._dead_share.commit()
         took = self._clock() - sending.since
@@ -367,6 +367,15 @@ class Worker:
         self._remember_committed()
         self._look_at_cells()
         self._say_committed(sending.sealed.effects, sending.spans, took)
+
+    def _forget_superseded(self) -> None:
+        """Lets go of the bundles that no partition runs with.
+
+        Not while a switch is sent, whose abort goes back to the bundle that it came from, and not while a partition is
+        restored, whose bundle may just be loaded.
+        """
+        if self._superseded and self._sending is None and not self.assignment.restoring:
+            self._superseded = not self._switch.keep_only_what_is_used()
 
     def _open_spans(self) -> dict[int, tuple[int, int]]:
         """The offsets of the open transaction, by partition."""

@@ -202,6 +202,40 @@ def test_a_worker_that_is_late_with_a_bundle_keeps_nobody_waiting_and_follows_an
     assert (found.differences, found.not_verified) == ([], [])
 
 
+def test_what_a_switch_leaves_behind_goes_once_the_last_restore_has_ended(
+    kafka: Connection, name: str, tmp_path: Path
+) -> None:
+    # given: partition 0 runs, and the restore of partition 1, of which nothing was read yet, waits for a transaction to end
+    create_topic(kafka, name)
+    arguments = null_worker(kafka, name, tmp_path / "state", "--ratio", "1/2", "--cell-cap", "5")
+    with worker([*arguments, "--stop-at-end"], tmp_path / "first.log") as first:
+        send(kafka, name, pairs(20), partitions=1)
+        first.finish()
+    other = kafka.producer(transactional_id=f"{name}-other", transaction_timeout_ms=120_000)
+    other.init_transactions(30)
+    other.begin_transaction()
+    other.produce(StreamTopics(name).changelog, b"of no known kind", b"?", 1)
+    other.flush()
+    unused = tmp_path / "state" / "bundles" / "0123456789abcdef"
+    with worker(arguments, tmp_path / "second.log") as second:
+        second.until_it_runs(1)
+        unused.mkdir(parents=True)
+
+        # when: partition 0 is switched; partition 1 begins with that bundle, so no other switch is to come
+        changelog = StreamTopics(name).changelog
+        stood_at = end_offsets(kafka, changelog, [0])[0]
+        announce_folder(kafka, "null:1/3", name)
+        second.until_it_says("partition 0: epoch 1 begins")
+        until(lambda: end_offsets(kafka, changelog, [0])[0] > stood_at, "the switch is committed")
+        assert unused.exists()
+        other.abort_transaction(30)
+        second.until_it_runs(2)
+
+        # then
+        until(lambda: not unused.exists(), "the unused bundle has gone")
+        second.drain()
+
+
 def processed_records(kafka: Connection, name: str) -> int:
     try:
         return sum(read_view(source_of(kafka, name)).cut.values())

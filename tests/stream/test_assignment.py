@@ -41,3 +41,18 @@ def test_a_partition_whose_restore_waits_for_its_turn_is_given_back_at_once(cons
     end.set()
     assignment.close()
     assert not waits
+
+
+def test_a_worker_that_the_group_took_for_dead_has_not_joined_until_the_group_answers(consumer: Consumer) -> None:
+    assignment = Assignment(
+        Intake(consumer, "raw", 1 << 20), lambda number, cancel: None, lambda number, restored: None
+    )
+    assignment.assigned([0])
+    assignment.joined = False  # as when it is lost
+
+    assignment.restore_again([0])
+    restored_again, joined = assignment.restoring, assignment.joined
+    assignment.assigned([])
+
+    assert (restored_again, joined, assignment.joined) == ([0], False, True)
+    assignment.close()

@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from confluent_kafka import Producer
+from safetensors.numpy import load, save
 from typer.testing import CliRunner
 
-from models.bundle import load_model, read_manifest
+from models.bundle import load_model, read_files, read_manifest, write_bundle
 from models.errors import BundleError
 from stream.bootstrap import BootstrapResult, bootstrap, sweep
-from stream.bundles import announce_folder, inspect
+from stream.bundles import Announcement, announce_folder, inspect
 from stream.cli import app
+from stream.consume import ConsumeOptions, _beside
 from stream.errors import TldrError
 from stream.kafka import Connection, create_missing
 from stream.pair_sources import BadEntry, SourcePair, open_source
@@ -191,6 +193,25 @@ def test_a_bundle_finds_its_blip_by_path_and_refuses_another(tmp_path: Path) -> 
     random_blip(moved, seed=1)
     with pytest.raises(BundleError, match=r"its model\.safetensors has another SHA-256"):
         load_model(made.out, "cpu", blip=moved)
+
+
+def test_a_worker_that_was_told_where_its_blip_lies_finds_it_for_a_bundle_with_another_decoder_too(
+    tmp_path: Path,
+) -> None:
+    made = small(tmp_path / "bundle", itm=f"blip:{random_blip(tmp_path / 'blip')}")
+    moved = (tmp_path / "blip").rename(tmp_path / "moved")
+    manifest, contents = read_files(made.out)
+    decoder = {name: array * 1.5 for name, array in load(contents["decoder.safetensors"]).items()}
+    about = {k: v for k, v in manifest.data.items() if k not in ("format", "space", "files", "version")}
+    other = write_bundle(tmp_path / "other", contents | {"decoder.safetensors": save(decoder)}, about)
+    live = load_model(made.out, "cpu", blip=moved)
+    options = ConsumeOptions(Connection("nowhere:1"), "raw", device="cpu", blip=moved)
+
+    beside = _beside(
+        Announcement(other.version[:16], str(tmp_path / "other"), other.space, "", 0), live, tmp_path / "cache", options
+    )
+
+    assert beside.version == other.version[:16] and beside.space == live.space
 
 
 def test_new_clusters_for_a_bundle_keep_its_scorer(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from models.errors import BundleError
 from models.model import PairModel
@@ -16,8 +17,9 @@ from models.null import NullModel
 from state.partition import Partition
 from state.partition_store import PartitionStore
 from state.quota import Ratio
+from state.regroup import Regrouping
 from state.settings import StreamSettings
-from stream.bundle_switch import BundleMissing, BundleSwitch, Cancelled
+from stream.bundle_switch import BundleComing, BundleMissing, BundleSwitch, Cancelled
 from stream.bundles import Announced, Announcement, announce, announce_folder
 from stream.errors import TldrError
 from stream.kafka import Connection
@@ -38,6 +40,7 @@ class Worker:
         self.metrics, self.models, self.missing = Metrics(), dict[str, PairModel](), set[str]()
         self.broken = set[str]()
         self.loads: list[str] = []
+        self.brought: dict[str, PairModel] = {}  # what a URI holds, where that is no null model as others
         self.arrives: dict[str, threading.Event] = {}  # of bundles that are slow to fetch
         self.switch = BundleSwitch(
             BASE, name, name, Announced(kafka), self.load, lambda: self.running, capped, self.metrics, self.models
@@ -54,7 +57,7 @@ class Worker:
             raise BundleError(f"{announcement.uri} is cut off")
         if announcement.uri in self.broken:
             raise RuntimeError("a tensor has another shape")
-        return NullModel.at(announcement.uri)
+        return self.brought.get(announcement.uri) or NullModel.at(announcement.uri)
 
     def open(self, number: int) -> Partition:
         return Partition(PartitionStore(self.folder / str(number), map_bytes=1 << 24), self.settings, number)
@@ -90,6 +93,12 @@ class Worker:
 
     def until_ready(self, *numbers: int) -> None:
         until(lambda: self.switch.ready(self.running) == list(numbers), f"{numbers} are ready", 20)
+
+    def look_and_prepare(self) -> None:
+        """What the thread does, for tests that have none."""
+        self.switch._look()
+        while self.switch._prepare():
+            pass
 
     def switch_over(self, *numbers: int) -> None:
         self.until_ready(*numbers)
@@ -160,6 +169,101 @@ def test_a_partition_that_comes_while_a_bundle_is_fetched_does_not_wait_for_it(w
     arrives.set()
     worker.switch_over(0)
     assert worker.running[0].bundle == announced.version
+
+
+def test_a_worker_that_starts_waits_for_no_bundle_and_is_switched_once_it_has_come(
+    worker: Worker, late: Worker
+) -> None:
+    late.arrives["null:1/2"] = arrives = threading.Event()
+    announced = announce_folder(worker.kafka, "null:1/2", worker.name)
+
+    started = threading.Thread(target=late.switch.start, daemon=True)
+    started.start()
+    started.join(5)
+    assert not started.is_alive()
+    try:
+        late.run(0)
+        late.feed(0, 20)
+        assert late.running[0].bundle == BASE.version
+        arrives.set()
+        late.switch_over(0)
+        late.feed(0, 20)
+    finally:
+        arrives.set()
+        late.switch.close()
+
+    assert [(s.bundle, s.input_offset) for s in late.running[0].store.switches()] == [
+        (BASE.version, 0),
+        (announced.version, 20),
+    ]
+
+
+def test_a_worker_that_starts_with_the_newest_bundle_begins_with_it_and_stays(worker: Worker, late: Worker) -> None:
+    announce_folder(worker.kafka, "null:1/2", worker.name)
+    announce(worker.kafka, "null:0", BASE.version, BASE.space, worker.name)
+
+    late.run(0)
+    late.feed(0, 5)
+    late.look_and_prepare()
+
+    assert late.switch.ready(late.running) == [] and not late.switch.pending(late.running)
+    assert late.loads == [] and late.switch.target is BASE
+
+
+def test_a_partition_of_which_nothing_was_read_begins_with_the_bundle_that_has_come_where_it_would_have_begun(
+    late: Worker,
+) -> None:
+    announced = announce_folder(late.kafka, "null:1/2", late.name)
+    late.running[0] = partition = late.open(0)
+    late.switch.begin(partition, 500)  # the topic begins there
+    late.look_and_prepare()
+
+    assert late.switch.ready(late.running) == [0]
+    assert not late.switch.adopt(partition)  # there is nothing to write yet
+
+    assert partition.switch is not None and (partition.epoch, partition.bundle) == (0, announced.version)
+    assert partition.switch.input_offset == 500
+
+
+def test_whoever_stops_at_the_end_waits_for_a_bundle_that_is_being_fetched_and_not_for_one_that_cannot_be_had(
+    worker: Worker,
+) -> None:
+    worker.run(0)
+    worker.feed(0, 5)
+    worker.arrives["null:1/2"] = arrives = threading.Event()
+    worker.missing.add("null:1/2")
+    announce_folder(worker.kafka, "null:1/2", worker.name)
+
+    until(lambda: worker.loads == ["null:1/2"], "it is being fetched", 20)
+    assert worker.switch.pending(worker.running)
+
+    arrives.set()
+    until(lambda: not worker.switch.pending(worker.running), "the fetch has failed", 20)
+
+
+def test_a_restore_that_would_have_to_wait_for_a_fetch_makes_room_for_others(worker: Worker, late: Worker) -> None:
+    # given: two partitions in a bundle that is slow to come, and one in the base
+    for number in (0, 1):
+        worker.run(number)
+        worker.feed(number, 5)
+    announce_folder(worker.kafka, "null:1/2", worker.name)
+    worker.switch_over(0, 1)
+    for number in (0, 1):
+        worker.close(number)
+    late.arrives["null:1/2"] = arrives = threading.Event()
+    first = threading.Thread(target=late.run, args=(0,), daemon=True)
+    first.start()
+    until(lambda: late.loads == ["null:1/2"], "it is being fetched", 20)
+
+    # when
+    with pytest.raises(BundleComing, match="another one is being fetched"):
+        late.run(1)
+    arrives.set()
+    first.join(20)
+    late.run(1)
+
+    # then
+    assert late.loads == ["null:1/2"] and sorted(late.running) == [0, 1]
 
 
 def test_a_partition_that_comes_with_a_bundle_that_cannot_be_had_is_not_run_in_an_older_epoch(worker: Worker) -> None:
@@ -338,6 +442,105 @@ def test_nothing_is_grouped_for_the_epoch_after_one_that_is_not_committed(worker
     assert partition.bundle == newest.version
 
 
+class HeldUp(NullModel):
+    """Does not answer from when it is told to stop until it is told to go."""
+
+    def __init__(self, seed: int, clusters: int) -> None:
+        super().__init__(seed=seed, clusters=clusters)
+        self.go, self.asked = threading.Event(), threading.Event()
+        self.go.set()
+
+    def stop(self) -> None:
+        self.go.clear()
+        self.asked.clear()
+
+    def assign(self, vectors: NDArray[np.uint16]) -> NDArray[np.int32]:
+        self.asked.set()
+        self.go.wait(60)
+        return super().assign(vectors)
+
+
+def test_while_an_epoch_begins_its_groups_are_not_thrown_away_for_a_newer_bundle(late: Worker) -> None:
+    # given: a partition that is ready, with a few entries that are left to the moment of the switch
+    late.brought["null:1/20"] = held_up = HeldUp(1, 20)
+    late.run(0)
+    late.feed(0, 300)
+    announce_folder(late.kafka, "null:1/20", late.name)
+    late.look_and_prepare()
+    late.feed(0, 10)
+    partition, begun = late.running[0], list[bool]()
+
+    # when: a newer bundle comes and is prepared for while the loop is grouping those
+    held_up.stop()
+    loop = threading.Thread(target=lambda: begun.append(late.switch.adopt(partition)), daemon=True)
+    loop.start()
+    until(held_up.asked.is_set, "the epoch is being begun", 20)
+    newest = announce_folder(late.kafka, "null:2/30", late.name)
+    thread = threading.Thread(target=late.look_and_prepare, daemon=True)
+    thread.start()
+    until(lambda: late.switch.target.version == newest.version, "the newer one is the target", 20)
+    thread.join(1)  # it may have to wait for the loop, or not
+    held_up.go.set()
+    for one in (loop, thread):
+        one.join(20)
+
+    # then: the epoch has its groups, and goes on with them
+    assert begun == [True] and (partition.epoch, partition.bundle) == (1, held_up.version)
+    late.commit(0)
+    late.look_and_prepare()
+    assert partition.store.grouped(1, held_up.version, 310)
+    late.feed(0, 300)
+    assert partition.store.position().totals.read == 610  # type: ignore[union-attr]
+
+
+class Picky(NullModel):
+    """Cannot assign the vectors of `feed` from the tenth on."""
+
+    def assign(self, vectors: NDArray[np.uint16]) -> NDArray[np.int32]:
+        if (vectors >= 10).any():
+            raise RuntimeError("no such code")
+        return super().assign(vectors)
+
+
+def test_a_partition_that_cannot_be_prepared_is_told_of_once_and_holds_up_no_other(
+    late: Worker, caplog: pytest.LogCaptureFixture
+) -> None:
+    late.brought["null:1/2"] = Picky(seed=1, clusters=2)
+    for number, count in ((0, 20), (1, 5)):
+        late.run(number)
+        late.feed(number, count)
+    announce_folder(late.kafka, "null:1/2", late.name)
+    for _ in range(3):
+        late.look_and_prepare()
+
+    assert late.switch.ready(late.running) == [1]
+    told = [record.getMessage() for record in caplog.records if "cannot be prepared" in record.getMessage()]
+    assert len(told) == 1 and told[0].startswith("partition 0 ") and "no such code" in told[0]
+
+
+def test_what_is_grouped_for_one_epoch_is_not_taken_for_the_next_one(late: Worker) -> None:
+    # given: the newest bundle's clusters are grouped for epoch 1
+    late.run(0)
+    late.feed(0, 20)
+    first = NullModel.at("null:1/2")
+    announce_folder(late.kafka, "null:1/2", late.name)
+    announce_folder(late.kafka, "null:2/3", late.name)
+    late.look_and_prepare()
+    assert late.switch.ready(late.running) == [0]
+
+    # when: another bundle begins that epoch
+    partition = late.running[0]
+    while Regrouping(partition.store, 1, first.version, first.assign, 20).step():
+        pass
+    partition.adopt(first.version, first.space, 20)
+    late.commit(0)
+
+    # then: the loop does not group for epoch 2 by itself
+    assert late.switch.ready(late.running) == []
+    late.look_and_prepare()
+    assert late.switch.ready(late.running) == [0]
+
+
 def test_whatever_is_wrong_with_a_bundle_the_live_one_goes_on(worker: Worker) -> None:
     worker.run(0)
     worker.broken.add("null:1/2")
@@ -360,6 +563,45 @@ def test_bundles_of_another_space_or_for_another_stream_are_passed_over_and_refu
     assert worker.switch.target is BASE
     assert worker.switch.ready(worker.running) == []
     assert worker.loads == []
+
+
+def test_what_another_stream_is_told_changes_nothing_of_what_this_one_was_told(late: Worker) -> None:
+    # given: a partition in the first bundle of two
+    late.run(0)
+    late.feed(0, 5)
+    announce_folder(late.kafka, "null:1/2", late.name)
+    late.look_and_prepare()
+    assert late.switch.adopt(late.running[0])
+    late.commit(0)
+    second = announce_folder(late.kafka, "null:2/3", late.name)
+
+    # when: another stream is told of both, the first one last
+    announce_folder(late.kafka, "null:2/3", f"{late.name}-other")
+    announce_folder(late.kafka, "null:1/2", f"{late.name}-other")
+    late.look_and_prepare()
+
+    # then
+    assert late.switch.target.version == second.version
+    assert late.switch.ready(late.running) == [0]
+
+
+def test_a_bundle_that_only_another_stream_was_told_of_is_loaded_for_a_partition_that_runs_with_it(
+    late: Worker,
+) -> None:
+    announce_folder(late.kafka, "null:1/2", f"{late.name}-other")
+    late.run(0)
+    late.feed(0, 5)
+    other = NullModel.at("null:1/2")
+    while Regrouping(late.running[0].store, 1, other.version, other.assign, 5).step():
+        pass
+    late.running[0].adopt(other.version, other.space, 5)  # by a worker that was given it with --bundle
+    late.commit(0)
+    late.close(0)
+
+    late.run(0)
+
+    assert late.running[0].bundle == other.version and other.version in late.models
+    assert late.switch.target is BASE
 
 
 def test_a_restore_across_three_switches_on_an_empty_disk_needs_the_last_bundle_only(
