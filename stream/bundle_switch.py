@@ -144,12 +144,14 @@ class BundleSwitch:
     def pending(self, running: Mapping[int, Partition]) -> bool:
         """Whether one of these partitions is still to be switched, or to be once the newest bundle is fetched.
 
-        One that cannot be had is tried again, but nobody knows whether it ever comes: it is not waited for.
+        One that cannot be had, or a partition prepared for, is tried again, but nobody knows whether that ever succeeds: it is
+        not waited for.
         """
         versions, newest = {self.target.version}, self._newest()
         if newest is not None and newest.version not in self._failed:
             versions.add(newest.version)
-        return any(self._wants(p, v) and _is_committed(p) for p in running.values() for v in versions)
+        waited_for = [p for number, p in running.items() if number not in self._trouble and _is_committed(p)]
+        return any(self._wants(p, version) for p in waited_for for version in versions)
 
     def has(self, partition: Partition) -> bool:
         """Whether the bundle that a partition runs with is loaded here."""
@@ -373,6 +375,7 @@ class BundleSwitch:
             try:
                 with self._epochs:
                     busy |= self._step(number, partition, target)
+                self._trouble.pop(number, None)
             except StoreClosed:  # it was taken back
                 continue
             except Exception as error:  # whatever is wrong with one, the others go on

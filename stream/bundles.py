@@ -24,10 +24,10 @@ from stream.kafka import (
     MissingRight,
     create_missing,
     end_offsets,
-    partition_counts,
     read_partition,
     refused,
     start_offsets,
+    topic_ids,
 )
 from stream.records import Codec, UndecodableRecord
 from stream.rights import check_rights
@@ -225,21 +225,23 @@ class Announced:
     def __init__(self, connection: Connection) -> None:
         self.all: list[Announcement] = []
         self._connection = connection
-        self._next: int | None = None
+        self._topic: str | None = None  # Kafka's own id of it
+        self._next = 0
         self._codec = Codec("BundleAnnouncement")
 
     def look(self) -> list[Announcement]:
         """Reads what was announced since the last call. Raises Unavailable."""
         connection = self._connection
-        if self._next is None:
-            if BUNDLES not in partition_counts(connection, [BUNDLES]):
-                return self.all
-            self._next = start_offsets(connection, BUNDLES, [0])[0]
+        topic = topic_ids(connection, [BUNDLES]).get(BUNDLES)
+        if topic is None:
+            return self.all
+        if topic != self._topic:
+            if self._topic is not None:
+                log.warning("%s was made anew: what was announced before counts no more", BUNDLES)
+            self._next, self.all = start_offsets(connection, BUNDLES, [0])[0], []
+            self._topic = topic
         end = end_offsets(connection, BUNDLES, [0])[0]
         found = {(one.version, one.stream): one for one in self.all}
-        if end < self._next:
-            log.warning("%s was made anew: what was announced before counts no more", BUNDLES)
-            self._next, found = start_offsets(connection, BUNDLES, [0])[0], {}
         for messages in read_partition(connection, BUNDLES, 0, self._next, end, timeout_s=DELIVERY_TIMEOUT_S):
             for message in messages:
                 if message.value() is not None and (announcement := self._announcement(message)) is not None:

@@ -275,11 +275,15 @@ def partition_counts(connection: Connection, topics: Iterable[str]) -> dict[str,
 
     Raises Unavailable if no broker answers within CONNECT_TIMEOUT_S, MissingRight for a topic that may not be looked at.
     """
-    wanted = list(topics)
-    seen = _describe(connection, wanted)
-    if hidden := [topic for topic in wanted if seen[topic] is False]:
+    return {topic: len(described.partitions) for topic, described in _existing(connection, topics).items()}
+
+
+def _existing(connection: Connection, topics: Iterable[str]) -> dict[str, Any]:
+    """Kafka's description of each of `topics` that exists. Raises as `partition_counts`."""
+    seen = _describe(connection, topics)
+    if hidden := [topic for topic, described in seen.items() if described is False]:
         raise MissingRight.of(connection, [Right("Describe", "topic", topic) for topic in hidden])
-    return {topic: len(described.partitions) for topic, described in seen.items() if described}
+    return {topic: described for topic, described in seen.items() if described}
 
 
 def allowed_operations(connection: Connection, topics: Iterable[str]) -> dict[str, set[str]]:
@@ -334,12 +338,15 @@ def _describe(connection: Connection, topics: Iterable[str], *, operations: bool
 
 def topic_id(connection: Connection, topic: str) -> str:
     """The id that Kafka gave the topic when it was created: another one means that it was recreated."""
-    described = _describe(connection, [topic])[topic]
-    if described is False:
-        raise MissingRight.of(connection, [Right("Describe", "topic", topic)])
-    if described is None:
+    found = topic_ids(connection, [topic])
+    if topic not in found:
         raise TldrError(f"cannot describe topic {topic}: it does not exist")
-    return str(described.topic_id)
+    return found[topic]
+
+
+def topic_ids(connection: Connection, topics: Iterable[str]) -> dict[str, str]:
+    """`topic_id` of each of `topics` that exists. Raises as `partition_counts`."""
+    return {topic: str(described.topic_id) for topic, described in _existing(connection, topics).items()}
 
 
 def create_missing(

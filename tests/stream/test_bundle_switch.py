@@ -516,6 +516,9 @@ def test_a_partition_that_cannot_be_prepared_is_told_of_once_and_holds_up_no_oth
     assert late.switch.ready(late.running) == [1]
     told = [record.getMessage() for record in caplog.records if "cannot be prepared" in record.getMessage()]
     assert len(told) == 1 and told[0].startswith("partition 0 ") and "no such code" in told[0]
+    assert late.switch.pending(late.running)
+    late.switch_over(1)
+    assert not late.switch.pending(late.running)  # it is not waited for: nobody knows whether it ever can be
 
 
 def test_what_is_grouped_for_one_epoch_is_not_taken_for_the_next_one(late: Worker) -> None:
