@@ -19,7 +19,7 @@ check: setup ## lint and types only
 	$(BIN)/mypy
 
 tests: setup ## the tests only
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 setup: .build/venv .build/kafka/ready ## virtual environment and local Kafka (network needed the first time)
 

@@ -8,7 +8,9 @@ changelog, which is small, before the first pair. Must not know how pairs came t
 from __future__ import annotations
 
 import json
+import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -34,9 +36,13 @@ from stream.stream_view import (
 )
 from stream.topics import StreamTopics
 
+log = logging.getLogger(__name__)
+
 # Offsets in a block: large enough that a seek pays (8 MB at 30 KB a pair), small enough that workers end together.
 BLOCK_OFFSETS = 256
 STATE_VERSION = 1
+# A broker that does not answer at the beginning is waited for.
+PATIENCE_S = 60.0
 
 Sample = dict[str, Any]
 
@@ -60,7 +66,7 @@ class KeptPairs(IterableDataset[Any]):
     the training loop tells what it has consumed, `dataset.consumed(batch["partition"], batch["offset"])`, or uses torchdata's
     StatefulDataLoader. `load_state_dict` takes the state of one rank, or those of all ranks where their number changes.
 
-    Raises (on iteration) TldrError where there is no such stream, Unavailable without a broker.
+    Raises (on iteration) TldrError where there is no such stream, Unavailable where there was no broker for a minute.
     """
 
     def __init__(
@@ -98,13 +104,7 @@ class KeptPairs(IterableDataset[Any]):
         if not self._resuming:
             self.start_over()
         self._resuming = False
-        check_rights(connection, "KeptPairs", stream=self.topics.name)
-        count = partition_counts(connection, [self.topics.kept]).get(self.topics.kept)
-        if count is None:
-            raise TldrError(
-                f"there is no stream {self.topics.name} (no topic {self.topics.kept}): start a worker first"
-            )
-        spans = whole(connection, self.topics.kept, range(count), committed=True)
+        spans = self._spans_patiently(connection)
         ends = self._ends or {p: end for p, (_, end) in spans.items()}
         if not self.follow:
             self._ends = ends
@@ -122,6 +122,30 @@ class KeptPairs(IterableDataset[Any]):
                 continue
             sample = _sample(decoded(codec, message), record.partition, record.offset)
             yield sample if self.transform is None else self.transform(sample)
+
+    def _spans_patiently(self, connection: Connection) -> dict[int, tuple[int, int]]:
+        """`_spans`, after a broker that starts or is busy has become ready: over that no training run is to end."""
+        began, told = time.monotonic(), False
+        while True:
+            try:
+                return self._spans(connection)
+            except Unavailable as error:
+                if time.monotonic() - began >= PATIENCE_S:
+                    raise
+                if not told:
+                    told = True
+                    log.warning("%s; trying for %.0f s", error, PATIENCE_S)
+                time.sleep(0.2)
+
+    def _spans(self, connection: Connection) -> dict[int, tuple[int, int]]:
+        """First offset and end of each partition of the kept topic."""
+        check_rights(connection, "KeptPairs", stream=self.topics.name)
+        count = partition_counts(connection, [self.topics.kept]).get(self.topics.kept)
+        if count is None:
+            raise TldrError(
+                f"there is no stream {self.topics.name} (no topic {self.topics.kept}): start a worker first"
+            )
+        return whole(connection, self.topics.kept, range(count), committed=True)
 
     def _messages(
         self,

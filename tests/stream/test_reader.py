@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader
 
+from stream.broker import LocalBroker
 from stream.errors import TldrError
-from stream.kafka import Connection
+from stream.kafka import CONNECT_TIMEOUT_S, Connection
 from stream.reader import KeptPairs
 from tests.stream.stream_writer import StreamWriter, raw
 
@@ -104,6 +106,28 @@ def test_following_yields_new_pairs_and_tells_of_removed_ones(writer: StreamWrit
     seen: set[str] = set()
     while not new <= seen:
         seen.add(next(reading)["id"])
+
+
+def test_a_run_that_begins_while_the_broker_is_away_waits_for_it(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = LocalBroker(tmp_path / "kafka")
+    broker.start()
+    with StreamWriter(Connection(broker.bootstrap_servers), name, tmp_path / "state") as stream:
+        stream.feed(raw(f"pair {i}", f"caption {i}") for i in range(20)).run()
+        members = stream.members()
+    broker.kill()
+    back = threading.Timer(2 * CONNECT_TIMEOUT_S - 4, broker.start)
+    back.start()
+
+    try:
+        seen = [sample["id"] for sample in KeptPairs(broker.bootstrap_servers, name)]
+
+        assert sorted(seen) == sorted(members)
+        assert "trying for 60 s" in caplog.text
+    finally:
+        back.join()
+        broker.kill()
 
 
 def test_the_state_of_another_stream_and_a_rank_out_of_range_are_refused(writer: StreamWriter) -> None:
