@@ -106,6 +106,15 @@ class Worker:
             assert self.switch.adopt(self.running[number])
             self.commit(number)
 
+    def leave_partition_in(self, uri: str) -> Announcement:
+        """Runs partition 0 up to the offset 5, switches it to the bundle `uri` and lets go of it."""
+        self.run(0)
+        self.feed(0, 5)
+        announcement = announce_folder(self.kafka, uri, self.name)
+        self.switch_over(0)
+        self.close(0)
+        return announcement
+
 
 @pytest.fixture
 def worker(kafka: Connection, name: str, tmp_path: Path) -> Iterator[Worker]:
@@ -267,11 +276,7 @@ def test_a_restore_that_would_have_to_wait_for_a_fetch_makes_room_for_others(wor
 
 
 def test_a_partition_that_comes_with_a_bundle_that_cannot_be_had_is_not_run_in_an_older_epoch(worker: Worker) -> None:
-    worker.run(0)
-    worker.feed(0, 5)
-    announce_folder(worker.kafka, "null:1/2", worker.name)
-    worker.switch_over(0)
-    worker.close(0)
+    worker.leave_partition_in("null:1/2")
     late = Worker(worker.kafka, worker.name, worker.folder)  # another process, which cannot load it
     late.missing.add("null:1/2")
     late.switch.start()
@@ -300,11 +305,7 @@ def late(worker: Worker, tmp_path: Path) -> Iterator[Worker]:
 def test_a_worker_that_cannot_load_the_newest_bundle_leaves_a_partition_in_its_own_one(
     worker: Worker, late: Worker
 ) -> None:
-    worker.run(0)
-    worker.feed(0, 5)
-    own = announce_folder(worker.kafka, "null:1/2", worker.name)
-    worker.switch_over(0)
-    worker.close(0)
+    own = worker.leave_partition_in("null:1/2")
     late.missing.add("null:3/4")
     announce_folder(worker.kafka, "null:3/4", worker.name)
 
@@ -358,11 +359,7 @@ def test_a_partition_that_was_switched_back_is_not_switched_again_by_a_worker_th
 
 def test_a_straight_way_that_was_not_gone_is_forgotten(worker: Worker, late: Worker) -> None:
     # given: it was about to take the partition straight to the newest bundle when it was taken back
-    worker.run(0)
-    worker.feed(0, 5)
-    own = announce_folder(worker.kafka, "null:1/2", worker.name)
-    worker.switch_over(0)
-    worker.close(0)
+    own = worker.leave_partition_in("null:1/2")
     late.missing.add("null:1/2")
     announce_folder(worker.kafka, "null:3/4", worker.name)
     partition = late.open(0)
@@ -380,11 +377,7 @@ def test_a_straight_way_that_was_not_gone_is_forgotten(worker: Worker, late: Wor
 def test_a_straight_way_that_is_about_to_be_gone_is_not_grouped_for_a_newer_bundle(
     worker: Worker, late: Worker
 ) -> None:
-    worker.run(0)
-    worker.feed(0, 5)
-    announce_folder(worker.kafka, "null:1/2", worker.name)
-    worker.switch_over(0)
-    worker.close(0)
+    worker.leave_partition_in("null:1/2")
     late.missing.add("null:1/2")
     straight = announce_folder(worker.kafka, "null:3/4", worker.name)
     partition = late.running[0] = late.open(0)
@@ -402,11 +395,7 @@ def test_a_straight_way_that_is_about_to_be_gone_is_not_grouped_for_a_newer_bund
 def test_a_fetch_that_hangs_holds_up_neither_a_partition_that_is_taken_back_nor_the_end(
     worker: Worker, late: Worker
 ) -> None:
-    worker.run(0)
-    worker.feed(0, 5)
-    announce_folder(worker.kafka, "null:1/2", worker.name)
-    worker.switch_over(0)
-    worker.close(0)
+    worker.leave_partition_in("null:1/2")
     late.arrives["null:1/2"] = arrives = threading.Event()
     partition, taken_back, restored = late.open(0), threading.Event(), list[bool]()
     restore = threading.Thread(
@@ -637,11 +626,7 @@ def test_a_restore_across_three_switches_on_an_empty_disk_needs_the_last_bundle_
 def test_a_worker_with_a_bundle_of_its_own_follows_nothing_and_refuses_a_partition_of_another(
     worker: Worker,
 ) -> None:
-    worker.run(0)
-    worker.feed(0, 5)
-    announce_folder(worker.kafka, "null:1/2", worker.name)
-    worker.switch_over(0)
-    worker.close(0)
+    worker.leave_partition_in("null:1/2")
     pinned = BundleSwitch(BASE, worker.name, worker.name, None, worker.load, dict, True, worker.metrics, {})
     partition = worker.open(0)
 
