@@ -24,6 +24,7 @@ from numpy.typing import NDArray  # noqa: E402
 from models.bundle import read_files  # noqa: E402
 from models.clustering import Clustering  # noqa: E402
 from models.codebook import look_up  # noqa: E402
+from models.device import choose_device  # noqa: E402
 from models.encoding import PaddedEncoder  # noqa: E402
 from models.images import decode  # noqa: E402
 from models.loaded import CaptionerParts, LoadedModel  # noqa: E402
@@ -45,13 +46,15 @@ def pictures(count: int, side: int) -> list[Pixels]:
 
 
 @torch.inference_mode()
-def by_torch(parts: CaptionerParts, images: list[Pixels], batch: int, dtype: torch.dtype) -> NDArray[np.uint16]:
+def by_torch(
+    parts: CaptionerParts, images: list[Pixels], batch: int, dtype: torch.dtype, device: str = "cpu"
+) -> NDArray[np.uint16]:
     """Index vectors by the module itself, `batch` images at a time, the encoder in `dtype` and the look-up in float32."""
-    encoder, quantiser = parts.captioner.encoder.to(dtype), parts.captioner.quantiser
+    encoder, quantiser = parts.captioner.encoder.to(device, dtype), parts.captioner.quantiser.to(device)
     vectors = []
     for first in range(0, len(images), batch):
-        pixels = torch.from_numpy(np.stack(images[first : first + batch])).permute(0, 3, 1, 2).to(dtype)
-        vectors.append(look_up(quantiser.tokens(encoder(pixels).float()), quantiser.codebook.codes).numpy())
+        pixels = torch.from_numpy(np.stack(images[first : first + batch])).permute(0, 3, 1, 2).to(device, dtype)
+        vectors.append(look_up(quantiser.tokens(encoder(pixels).float()), quantiser.codebook.codes).cpu().numpy())
     parts.captioner.encoder.float()
     return np.concatenate(vectors).astype(np.uint16)
 
@@ -78,6 +81,17 @@ def main() -> None:
         "torch, float32, 64 images a batch": lambda: by_torch(fresh(), images, 64, torch.float32),
         "torch, bfloat16, 16 images a batch": lambda: by_torch(fresh(), images, 16, torch.bfloat16),
     }
+    if torch.cuda.is_available():
+        gpu = torch.device("cuda")
+        choose_device()  # no TF32
+        ways |= {
+            "as served by a GPU": lambda: PaddedEncoder(fresh().captioner, gpu).vectors(images),
+            "as served by a GPU, images in another order": lambda: PaddedEncoder(fresh().captioner, gpu).vectors(
+                images[::-1]
+            )[::-1],
+            "GPU, float32, 16 images a batch": lambda: by_torch(fresh(), images, 16, torch.float32, "cuda"),
+            "GPU, bfloat16, 256 images a batch": lambda: by_torch(fresh(), images, 256, torch.bfloat16, "cuda"),
+        }
     print(f"{len(images)} images against the index vectors as served (bundle {manifest.version[:16]}):\n")
     print("| computed by | codes that differ | images with one or more | clusters that differ |")
     print("|---|---|---|---|")

@@ -73,13 +73,19 @@ def counted(batch: int) -> tuple[int, int, int]:
     return weights, encoded, memory.peak
 
 
+def paper_parts() -> CaptionerParts:
+    """A captioner of the paper's sizes, its weights random."""
+    torch.manual_seed(0)
+    vocabulary = of_pieces(f"word{n}" for n in range(PAPER.vocabulary - VOCABULARY_OWN))
+    head = MatchingHead(PAPER.codes, PAPER.code_width, PAPER.vocabulary)
+    return CaptionerParts(Captioner(PAPER).eval(), vocabulary, head)
+
+
 def measured(batch: int) -> tuple[int, int]:
     """The most that PyTorch's allocator had (given out, taken from the GPU) while a worker's encoder and decoder worked on
     `batch` images, the paper's gate and quota aside: all of them are captioned. Random weights take as much as others.
     """
-    captioner = Captioner(PAPER).eval()
-    vocabulary = of_pieces(f"word{n}" for n in range(PAPER.vocabulary - VOCABULARY_OWN))
-    parts = CaptionerParts(captioner, vocabulary, MatchingHead(PAPER.codes, PAPER.code_width, PAPER.vocabulary))
+    parts = paper_parts()
     torch.cuda.reset_peak_memory_stats()
     model = LoadedCaptioner(parts, torch.device("cuda"))
     noise = np.random.default_rng(0).integers(256, size=(batch, PAPER.side, PAPER.side, 3), dtype=np.uint8)

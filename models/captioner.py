@@ -15,7 +15,6 @@ from transformers import (
     BertLMHeadModel,
     BlipVisionConfig,
     BlipVisionModel,
-    EncoderDecoderCache,
     ViTConfig,
     ViTModel,
 )  # fmt: skip
@@ -164,21 +163,17 @@ class Decoder(nn.Module):
 
         A code says what, its place says where.
         """
-        votes = None
+        quantised, votes = quantised.to(self.bridge.weight.dtype), None
         if self.topic is not None:
             votes = F.linear(self.topic(quantised.mean(1)), self.bert.bert.embeddings.word_embeddings.weight)
         return self.bridge(quantised) + self.places, votes
 
-    def logits(
-        self, inputs: Tensor, seen: tuple[Tensor, Tensor | None], cache: EncoderDecoderCache | None = None
-    ) -> Tensor:
-        """(B, T, V) for the pieces (B, T) after what `cache` holds already."""
+    def logits(self, inputs: Tensor, seen: tuple[Tensor, Tensor | None]) -> Tensor:
+        """(B, T, V) for the pieces (B, T). One piece at a time: models/stepwise.py."""
         tokens, votes = seen
-        mask = (inputs != PAD).long() if cache is None else None
         out: Tensor = self.bert(
-            input_ids=inputs, attention_mask=mask, encoder_hidden_states=tokens, past_key_values=cache,
-            use_cache=cache is not None,
-        ).logits  # fmt: skip
+            input_ids=inputs, attention_mask=(inputs != PAD).long(), encoder_hidden_states=tokens, use_cache=False
+        ).logits
         return out if votes is None else out + votes[:, None]
 
     def loss(self, quantised: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -14,13 +14,17 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import DynamicCache, EncoderDecoderCache
 
 from models.captioner import Captioner
 from models.errors import ShapeError
+from models.stepwise import Steps
 from models.vocabulary import MASK, PAD, START, STOP, UNK, Vocabulary
 
-BATCH = 32
+# Captions at once. On a GPU a step of few takes as long as one of many; the keys and values of 256 images are 1.9 GB at the
+# paper's size.
+BATCH, GPU_BATCH = 32, 256
+# Once this share of a batch has ended, it leaves: what is kept of the others is copied then.
+LEAVING = 0.25
 NEVER = -torch.inf
 LEAST = -3.0  # log of a twentieth of the likeliest word's probability (Li et al. 2023, contrastive decoding: a tenth)
 
@@ -63,11 +67,17 @@ def generate(
     return captions
 
 
+def at_once(device: torch.device) -> int:
+    """How many captions are generated together on this device."""
+    return GPU_BATCH if device.type == "cuda" else BATCH
+
+
 def quantised(captioner: Captioner, vectors: NDArray[np.uint16]) -> Iterator[Tensor]:
-    """(b, L, D) codes of the index vectors (n, L), b ≤ BATCH at a time."""
+    """(b, L, D) codes of the index vectors (n, L), as many at a time as are captioned together."""
     codes = captioner.quantiser.codebook.codes
-    for start in range(0, len(vectors), BATCH):
-        rows = torch.from_numpy(vectors[start : start + BATCH].astype(np.int64)).to(codes.device)
+    count = at_once(codes.device)
+    for start in range(0, len(vectors), count):
+        rows = torch.from_numpy(vectors[start : start + count].astype(np.int64)).to(codes.device)
         yield F.embedding(rows, codes)
 
 
@@ -93,28 +103,31 @@ class _Search:
         self.guidance = captioner.config.guidance if how.guidance is None else how.guidance
 
     def captions(self, tokens: Tensor) -> list[list[int]]:
-        """Piece numbers of each image's best caption. Images whose beams have all ended leave the batch."""
+        """Piece numbers of each image's best caption. Images whose beams have all ended leave the batch now and then."""
         found: list[list[int]] = [[] for _ in tokens]
         if not found:
             return found
-        images, beams = torch.arange(len(tokens), device=tokens.device), self.how.beams
+        images, beams, device = list(range(len(tokens))), self.how.beams, tokens.device
         self._look(tokens.repeat_interleave(beams, 0))
-        said = torch.full((len(tokens), beams, 1), START, device=tokens.device)
-        scores = torch.full((len(tokens), beams), NEVER, device=tokens.device)
+        said = torch.full((len(tokens), beams, 1), START, device=device)
+        scores = torch.full((len(tokens), beams), NEVER, device=device)
         scores[:, 0] = 0.0  # all beams begin alike: one of them counts
         for step in range(self.pieces_max):
             said, scores = self._extended(said, scores, step)
-            ended = (said == STOP).any(-1)
-            last = step + 1 == self.pieces_max
-            for row in range(len(images)):
-                if last or bool(ended[row].all()):
-                    found[int(images[row])] = _best(said[row], scores[row])
-            going = (~ended.all(-1)).nonzero().ravel()
-            if last or not len(going):
+            # The one answer that a step waits for.
+            ended = (said == STOP).any(-1).all(-1).tolist()
+            last = all(ended) or step + 1 == self.pieces_max
+            if not last and sum(ended) < LEAVING * len(ended):
+                continue
+            leaving = [row for row, gone in enumerate(ended) if gone or last]
+            for row, pieces in zip(leaving, _best(said[leaving], scores[leaving]), strict=True):
+                found[images[row]] = pieces
+            if last:
                 break
-            if len(going) < len(images):
-                images, said, scores = images[going], said[going], scores[going]
-                self._keep((going[:, None] * beams + torch.arange(beams, device=going.device)).ravel())
+            staying = [row for row, gone in enumerate(ended) if not gone]
+            rows = torch.tensor(staying, device=device)
+            images, said, scores = [images[row] for row in staying], said[rows], scores[rows]
+            self._keep((rows[:, None] * beams + torch.arange(beams, device=device)).ravel())
         return found
 
     def _extended(self, said: Tensor, scores: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -123,11 +136,12 @@ class _Search:
         flat = said.flatten(0, 1)
         ended = (flat == STOP).any(-1)
         forbidden = _repeated(flat, self.how.ngram, self.decoder.bert.config.vocab_size)
-        forbidden[:, [PAD, UNK, START, MASK]] = True
+        for special in (PAD, UNK, START, MASK):
+            forbidden[:, special] = True
         forbidden[:, STOP] = step < self.how.pieces_min
         gained = self._log_probabilities(flat, forbidden)
         gained = gained.masked_fill(ended[:, None], NEVER)
-        gained[ended, PAD] = 0.0
+        gained[:, PAD] = gained[:, PAD].masked_fill(ended, 0.0)
         total = (scores.flatten()[:, None] + gained).view(count, -1)
         scores, chosen = (total.max(-1, keepdim=True)) if beams == 1 else total.topk(beams, -1)
         parent = torch.div(chosen, gained.shape[-1], rounding_mode="floor")
@@ -140,8 +154,11 @@ class _Search:
     def _log_probabilities(self, said: Tensor, forbidden: Tensor) -> Tensor:
         """(B, V) of the next piece; -inf for what must not come."""
         doubled = said.repeat(2, 1) if self._guided else said
-        inputs = doubled if self.cache is None else doubled[:, -1:]
-        logits = self.decoder.logits(inputs, self.seen, self.cache)[:, -1].float().log_softmax(-1)
+        if self._steps is not None:
+            logits = self._steps.logits(doubled[:, -1])
+        else:
+            logits = self.decoder.logits(doubled, self._seen)[:, -1].float()
+        logits = logits.log_softmax(-1)
         if not self._guided:
             return logits.masked_fill(forbidden, NEVER)
         shown, blind = logits.chunk(2)
@@ -152,34 +169,38 @@ class _Search:
 
     def _look(self, tokens: Tensor) -> None:
         self._guided = self.guidance != 1.0
-        self.seen = self.decoder.see(torch.cat([tokens, torch.zeros_like(tokens)]) if self._guided else tokens)
-        config = self.decoder.bert.config
-        # a fresh cache a call: transformers 5 crashes without one and mixes images up with a used one
-        fresh = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
-        self.cache = fresh if self.how.cached else None
+        self._steps: Steps | None = None
+        if self.how.cached:
+            self._steps = Steps(self.decoder, tokens, self.pieces_max, guided=self._guided)
+        else:
+            self._seen = self.decoder.see(torch.cat([tokens, torch.zeros_like(tokens)]) if self._guided else tokens)
 
     def _keep(self, rows: Tensor) -> None:
         """Beams at these places are continued, in this order; of images that ended nothing more is computed."""
+        if self._steps is not None:
+            self._steps.keep(rows)
+            return
         if self._guided:
-            rows = torch.cat([rows, rows + len(self.seen[0]) // 2])
-        self.seen = (self.seen[0][rows], None if self.seen[1] is None else self.seen[1][rows])
-        if self.cache is not None:
-            self.cache.reorder_cache(rows)  # type: ignore[arg-type]
+            rows = torch.cat([rows, rows + len(self._seen[0]) // 2])
+        self._seen = (self._seen[0][rows], None if self._seen[1] is None else self._seen[1][rows])
 
 
-def _best(said: Tensor, scores: Tensor) -> list[int]:
-    """The beam with the highest log-probability a piece, without start and stop."""
-    lengths = (said[:, 1:] != PAD).sum(-1)
-    pieces: list[int] = said[(scores / lengths).argmax(), 1:].tolist()
-    return [p for p in pieces if p not in (PAD, STOP)]
+def _best(said: Tensor, scores: Tensor) -> list[list[int]]:
+    """Of each image (n, beams, T) the beam with the highest log-probability a piece, without start and stop."""
+    lengths = (said[:, :, 1:] != PAD).sum(-1)
+    best = (scores / lengths).argmax(-1)
+    rows: list[list[int]] = said[torch.arange(len(said), device=said.device), best, 1:].tolist()
+    return [[p for p in pieces if p not in (PAD, STOP)] for pieces in rows]
 
 
 def _repeated(said: Tensor, ngram: int, vocabulary: int) -> Tensor:
     """(B, V) pieces that would follow themselves, or complete a run of `ngram` pieces that was said before."""
-    forbidden = torch.zeros(len(said), vocabulary, dtype=torch.bool, device=said.device)
-    forbidden.scatter_(1, said[:, -1:], True)
+    times = torch.zeros(len(said), vocabulary, dtype=torch.uint8, device=said.device)
     context = ngram - 1
-    for follower in range(1 + context, said.shape[1]):
-        same = (said[:, follower - context : follower] == said[:, said.shape[1] - context :]).all(-1)
-        forbidden[same.nonzero().ravel(), said[same, follower]] = True
-    return forbidden
+    followers = said[:, ngram:]  # the first piece is START: it is no part of a run
+    if count := followers.shape[1]:
+        same = torch.ones_like(followers, dtype=torch.bool)
+        for place in range(context):
+            same &= said[:, 1 + place : 1 + place + count] == said[:, place - context, None]
+        times.scatter_add_(1, followers, same.to(times.dtype))
+    return times.scatter_(1, said[:, -1:], 1).bool()

@@ -20,7 +20,7 @@ from models.lite_encoder import LiteEncoder
 from models.lite_graph import LiteGraph
 from models.model import Pixels
 
-GPU_BATCH = 256  # of a vision transformer in bfloat16: 2.1 GiB counted at the paper's size (benchmarks/paper_memory.py)
+GPU_BATCH = 256  # a vision transformer in bfloat16: 2.1 GiB counted at the paper's size (benchmarks/paper_memory.py)
 BATCH = 16  # two cores are as fast as with 32, and half as much padding is computed for the last images of a commit
 
 
@@ -105,9 +105,10 @@ class PaddedEncoder:
 
 def serving_shape(captioner: Captioner, device: torch.device) -> tuple[int, torch.dtype]:
     """(batch, number format) of the encoder on this device: vision transformers in bfloat16 where a GPU computes it."""
-    if device.type == "cuda" and not isinstance(captioner.encoder, LiteEncoder) and torch.cuda.is_bf16_supported():
-        return GPU_BATCH, torch.bfloat16
-    return BATCH, torch.float32
+    if device.type != "cuda":
+        return BATCH, torch.float32
+    low = not isinstance(captioner.encoder, LiteEncoder) and torch.cuda.is_bf16_supported()
+    return GPU_BATCH, torch.bfloat16 if low else torch.float32
 
 
 def _traced(encoder: nn.Module, batch: int, side: int, device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from models.blip_matching import BlipScorer
 from models.bundle import Manifest
 from models.captioner import Captioner, CaptionerConfig
-from models.captioning import BATCH as CAPTIONS_AT_ONCE
-from models.captioning import generate_from_tokens, quantised
+from models.captioning import at_once, generate_from_tokens, quantised
 from models.clustering import Clustering
 from models.device import choose_device
 from models.drift import Baseline
@@ -33,6 +32,10 @@ from models.vocabulary import Vocabulary
 
 # The output layer shares its weights with the input embeddings; safetensors stores no tensor twice.
 TIED = ("bert.cls.predictions.decoder.weight", "bert.cls.predictions.decoder.bias")
+
+# A worker hands over so many of the encoder's batches at once: one is decoded while another is encoded, and a quarter of them
+# all, which is what the quota keeps by default, is captioned together (on two cores 64 captions/s by fours, 244 by 32).
+PARTS = 4
 
 
 class CaptionerParts:
@@ -96,7 +99,9 @@ class LoadedCaptioner:
         self._scorer: Scorer = scorer or OwnScorer(parts.matching.to(device).eval(), parts.vocabulary, codes)
         self._judged_side = scorer.side if isinstance(scorer, BlipScorer) else None
         self._encoder = PaddedEncoder(parts.captioner, device)
+        parts.captioner.decoder.to(self._encoder.dtype)
         self.batch = self._encoder.batch
+        self.pairs_at_once = PARTS * self.batch
         self.fingerprint = self._encoder.fingerprint()
 
     @property
@@ -129,7 +134,7 @@ class LoadedCaptioner:
         return captions
 
     def seen(self, vectors: Vectors, pictures: Sequence[Picture] = ()) -> Iterator[Tensor]:
-        """(b, L, D) what the decoder is shown of each image, b ≤ CAPTIONS_AT_ONCE at a time: its codes (paper), or its tokens.
+        """(b, L, D) what the decoder is shown of each image, a bounded part at a time: its codes (paper), or its tokens.
 
         Tokens are computed again from the picture instead of being kept from `encode`: of a batch of pairs only the kept
         ones need them, and as floats they are a thousand times as large as the vectors.
@@ -140,7 +145,7 @@ class LoadedCaptioner:
         if len(pictures) != len(vectors):
             raise ShapeError("this captioner's decoder is shown the image's own tokens: pass the pictures, too")
         for tokens in self._encoder.image_tokens([p.pixels for p in pictures]):
-            yield from tokens.split(CAPTIONS_AT_ONCE)
+            yield from tokens.split(at_once(tokens.device))
 
 
 class LoadedModel(LoadedCaptioner):

@@ -35,6 +35,7 @@ class PairModel(Protocol):
     clusters: int  # N
     gate: float | None  # the bundle's ITM threshold, used only where the rule asks for it
     batch: int  # the one padded batch shape of the encoder
+    pairs_at_once: int  # that a worker should hand over together
     fingerprint: dict[str, str]  # device, dtype, threads, versions … of this process
     made_with: dict[str, str]  # the same of the process that made the bundle
     clustering: Clustering | None  # what `assign` assigns by, None where there is nothing to measure an error by

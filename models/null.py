@@ -35,14 +35,14 @@ class NullModel:
     """models.model.PairModel without a model."""
 
     def __init__(
-        self, tokens: int = 196, codebook_size: int = 3000, clusters: int = 3000, gate: float | None = 0.5, batch: int = 256,
+        self, tokens: int = 196, codebook_size: int = 3000, clusters: int = 3000, gate: float | None = 0.5, batch: int = 5000,
         seed: int = 0,
     ) -> None:  # fmt: skip
         self.tokens = tokens
         self.codebook_size = codebook_size
         self.clusters = clusters
         self.gate = gate
-        self.batch = batch
+        self.batch = self.pairs_at_once = batch
         self.space = hashlib.sha256(f"null/3/{tokens}/{codebook_size}/{gate}".encode()).hexdigest()
         self.seed = seed  # of the clusters alone, so that bundles which differ in it can replace each other
         name = f"{self.space}/{clusters}" + (f"/{seed}" if seed else "")

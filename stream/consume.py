@@ -76,7 +76,6 @@ OPTION_OF = {
 PREFETCH_KB = 32 * 1024
 # … and of small records no more than this many of each partition, which keeps memory flat.
 PREFETCH_MESSAGES = 5000
-NULL_BATCH_PAIRS = 5000
 RESTORE_AGAIN_AFTER_S = 1.0
 BUNDLES_FOLDER = "bundles"  # in the state directory
 GC_THRESHOLDS = (200_000, 20, 100)
@@ -454,7 +453,7 @@ def _run(
 
     attempt_s = min(ATTEMPT_TIMEOUT_S, options.transaction_timeout_s / 2)
     outlet = Outlet(producer, consumer, topics, options.topic, codes, instance, settings.partition_count, attempt_s)
-    batch = options.batch_pairs or (NULL_BATCH_PAIRS if options.model == "null" else model.batch)
+    batch = options.batch_pairs or model.pairs_at_once
     revoke_budget_s = min(REVOKE_BUDGET_S, _max_poll_interval_s(options) / 2)
     pace = Pace(options.commit_interval_s, batch, options.stop_at_end, revoke_budget_s)
     worker = Worker(

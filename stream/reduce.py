@@ -267,10 +267,7 @@ def reduce_batch(
         known = partitions[number].is_known(firsts[named], batch.offsets[named])
         batch.kinds[named[known & (batch.kinds[named] == Kind.PAIR)]] = Kind.KNOWN
     lap("read")
-    fetched, pictures = _look_at_all(np.flatnonzero(batch.kinds == Kind.PAIR).tolist(), batch, using)
-    lap("decode")
-
-    vectors = using.model.encode(pictures)
+    fetched, pictures, vectors = _look_at_all(np.flatnonzero(batch.kinds == Kind.PAIR).tolist(), batch, using, lap)
     pairs = np.flatnonzero(batch.kinds == Kind.PAIR)
     clusters = np.empty(len(pairs), np.int32)
     for model, its in _by_model(batch.numbers[pairs], partitions, using):
@@ -530,13 +527,17 @@ def _refuse_what_cannot_be_kept(raw: RawRecord, kept_bytes_max: int) -> None:
         )
 
 
-def _look_at_all(wanted: list[int], batch: _Batch, using: Reduction) -> tuple[dict[int, bytes], list[Picture]]:
-    """The images of the rows `wanted` that had to be fetched, and what the encoder sees of each row, in that order.
+def _look_at_all(
+    wanted: list[int], batch: _Batch, using: Reduction, lap: Callable[[str], None]
+) -> tuple[dict[int, bytes], list[Picture], Vectors]:
+    """The images of the rows `wanted` that had to be fetched; what the model sees of each row, and its index vector, in that
+    order.
 
-    Each thread takes one share. A row whose image cannot be had or decoded becomes UNSEEN, and is not among them.
+    As many as the encoder takes at once are encoded while the next are decoded: a GPU would wait otherwise. A row whose image
+    cannot be had or decoded becomes UNSEEN, and is not among them.
     """
     fetched: dict[int, bytes] = {}
-    decode, images = using.model.decode, batch.images
+    decode, images, threads = using.model.decode, batch.images, using.threads
 
     def look_at(rows: list[int]) -> list[Picture | None]:
         pictures: list[Picture | None] = []
@@ -551,14 +552,32 @@ def _look_at_all(wanted: list[int], batch: _Batch, using: Reduction) -> tuple[di
                 pictures.append(None)
         return pictures
 
-    if using.threads == 1:
-        looked_at = look_at(wanted)
-    else:
-        shares = [wanted[first :: using.threads] for first in range(using.threads)]
-        looked_at = [None] * len(wanted)
-        for first, seen in enumerate(using.pool.map(look_at, shares)):
-            looked_at[first :: using.threads] = seen
-    return fetched, [picture for picture in looked_at if picture is not None]
+    def begin(rows: list[int]) -> Callable[[], list[Picture | None]]:
+        if threads == 1:
+            return lambda: look_at(rows)
+        shares = [using.pool.submit(look_at, rows[first::threads]) for first in range(threads)]
+
+        def end() -> list[Picture | None]:
+            looked_at: list[Picture | None] = [None] * len(rows)
+            for first, share in enumerate(shares):
+                looked_at[first::threads] = share.result()
+            return looked_at
+
+        return end
+
+    parts = [wanted[first : first + using.model.batch] for first in range(0, len(wanted), using.model.batch)] or [[]]
+    pictures: list[Picture] = []
+    vectors: list[Vectors] = []
+    end = begin(parts[0])
+    for following in [*parts[1:], None]:
+        seen = [picture for picture in end() if picture is not None]
+        if following is not None:
+            end = begin(following)
+        lap("decode")
+        vectors.append(using.model.encode(seen))
+        pictures += seen
+        lap("encode")
+    return fetched, pictures, vectors[0] if len(vectors) == 1 else np.concatenate(vectors)
 
 
 def _fetched(raw: RawRecord, using: Reduction) -> bytes:
