@@ -46,6 +46,20 @@ def fingerprint(
 
 
 @contextmanager
+def repeatable() -> Iterator[None]:
+    """A GPU computes gradients in the same order every time; its fastest kernels add in any."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextmanager
 def seeded(seed: int) -> Iterator[torch.Generator]:
     """A generator from `seed`; torch's global one is seeded too, and put back afterwards."""
     before = torch.get_rng_state()

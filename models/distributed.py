@@ -9,18 +9,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from models.errors import ShapeError
+
 # The others wait at a barrier while the first reads the corpora, which may take hours; torch's own default is half an hour.
 PATIENCE = timedelta(days=2)
 
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Joins the processes that torchrun has started with this one (its environment says so), and leaves them at the end."""
+    """Joins the processes that torchrun has started with this one (its environment says so), and leaves them at the end.
+
+    Raises ShapeError for more processes than GPUs.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
     gpu = torch.cuda.is_available()
     if gpu:
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            raise ShapeError(
+                f"{os.environ['LOCAL_WORLD_SIZE']} processes for {torch.cuda.device_count()} GPU(s): give torchrun "
+                "--nproc-per-node as many as there are, or hide them with CUDA_VISIBLE_DEVICES= to train on CPUs"
+            )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if gpu else "gloo", timeout=PATIENCE)
     try:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from models.blip_matching import BlipScorer
 from models.bundle import Manifest
 from models.captioner import Captioner, CaptionerConfig
-from models.captioning import at_once, generate_from_tokens, quantised
+from models.captioning import at_once, generate_from_tokens, quantised, steps_of
 from models.clustering import Clustering
 from models.device import choose_device
 from models.drift import Baseline
@@ -28,6 +28,7 @@ from models.errors import BundleError, ModelError, ShapeError
 from models.images import decode
 from models.matching import MatchingHead, OwnScorer, Scorer
 from models.model import Picture, Vectors
+from models.stepwise import Steps
 from models.vocabulary import Vocabulary
 
 # The output layer shares its weights with the input embeddings; safetensors stores no tensor twice.
@@ -94,6 +95,7 @@ class LoadedCaptioner:
         self._sees_images = config.conditioned_on == "image"
         self._side = config.side
         self._captioner = parts.captioner.to(device).eval()
+        self._steps: Steps | None = None  # made by the first that captions: a GPU needs seconds
         self._vocabulary = parts.vocabulary
         codes = self._captioner.quantiser.codebook.codes
         self._scorer: Scorer = scorer or OwnScorer(parts.matching.to(device).eval(), parts.vocabulary, codes)
@@ -129,8 +131,10 @@ class LoadedCaptioner:
     def caption(self, vectors: Vectors, pictures: Sequence[Picture] = ()) -> list[str]:
         """One generated caption a row."""
         captions: list[str] = []
+        if self._steps is None and len(vectors):
+            self._steps = steps_of(self._captioner)
         for seen in self.seen(vectors, pictures):
-            captions += generate_from_tokens(self._captioner, self._vocabulary, seen)
+            captions += generate_from_tokens(self._captioner, self._vocabulary, seen, steps=self._steps)
         return captions
 
     def seen(self, vectors: Vectors, pictures: Sequence[Picture] = ()) -> Iterator[Tensor]:

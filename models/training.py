@@ -27,7 +27,7 @@ from models.batches import Draws, Examples, Part, Rows, at_most
 from models.captioner import Captioner, CaptionerConfig, sized
 from models.checkpoint import Position
 from models.codebook import look_up, usage
-from models.device import choose_device, seeded
+from models.device import choose_device, repeatable, seeded
 from models.distributed import joined, rank, summed, wait, world
 from models.encoding import BATCH, PaddedEncoder
 from models.errors import CorpusError
@@ -157,9 +157,10 @@ def train_captioner(
     sources  what the pairs were read from: a training is gone on with only where this, and all else, is as it was.
     after_phase  is shown the captioner after "noisy" and after "clean", for measurements; it must leave it as it is.
     Returns  None in every process but the first.
-    Raises   CorpusError for too few pairs, missing weights, or a `work` that another training has begun.
+    Raises   CorpusError for too few pairs, missing weights, or a `work` that another training has begun; ShapeError for more
+             processes than GPUs.
     """
-    with joined(), seeded(training.seed):
+    with joined(), seeded(training.seed), repeatable():
         if rank() == 0:
             settings = [config.as_dict(), asdict(training), asdict(pretrained), sources]
             _prepare(config, training, noisy, clean, pretrained, work, cache or work, settings, progress)

@@ -1,5 +1,6 @@
 """The captioner learns, captions from index vectors alone, and comes in the paper's size by the same code."""
 
+import copy
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 
 from models.bundle import read_files
 from models.captioner import PAPER, Captioner
-from models.captioning import Generation, generate, generate_from_tokens
+from models.captioning import Generation, generate, generate_from_tokens, quantised, steps_of
+from models.device import choose_device
 from models.errors import ShapeError
 from models.loaded import CaptionerParts, LoadedCaptioner
 from models.model import Picture
@@ -59,6 +61,25 @@ def test_cached_beams_say_what_uncached_ones_say(small: Small, how: Generation) 
     uncached = generate(small.captioner, small.vocabulary, small.vectors, replace(how, cached=False))
 
     assert generate(small.captioner, small.vocabulary, small.vectors, how) == uncached
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_recorded_steps_say_what_a_cpu_says_however_full_the_batch_is(small: Small, guidance: float) -> None:
+    how = Generation(guidance=guidance)
+    noise = np.random.default_rng(1).integers(64, size=(300, small.captioner.config.tokens)).astype(np.uint16)
+    on_gpu = copy.deepcopy(small.captioner).cuda()
+    choose_device()
+    steps = steps_of(on_gpu, how)
+
+    said = [
+        caption
+        for part in (noise[:128], noise[128:131], noise[131:132], noise[132:232], noise[232:])
+        for tokens in quantised(on_gpu, part)
+        for caption in generate_from_tokens(on_gpu, small.vocabulary, tokens, how, steps)
+    ]
+
+    assert said == generate(small.captioner, small.vocabulary, noise, how)
 
 
 def test_a_caption_has_at_least_and_at_most_as_many_pieces_as_asked_for(small: Small) -> None:
