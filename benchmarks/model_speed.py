@@ -79,13 +79,13 @@ def jpegs() -> Iterator[bytes]:
     return itertools.cycle(found)
 
 
-def paper_bundle(folder: Path) -> Path:
+def paper_bundle(folder: Path, clusters: int = 1000) -> Path:
     """A bundle of the paper's sizes whose weights are random, its clusters fitted to the sample corpus by `bootstrap`."""
     parts = paper_parts()
     about = {"config": parts.captioner.config.as_dict(), "architecture": "paper"}
     write_bundle(folder / "captioner", parts.contents(), about)
     command = [sys.executable, "-W", "ignore", "-m", "stream", "bootstrap", SHARDS, "--captioner",
-               str(folder / "captioner"), "--clusters", "16", "--out", str(folder / "bundle")]  # fmt: skip
+               str(folder / "captioner"), "--clusters", str(clusters), "--out", str(folder / "bundle")]  # fmt: skip
     subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     return folder / "bundle"
 
@@ -140,9 +140,14 @@ def in_a_worker(bundle: Path, device: str, records: int, folder: Path) -> str:
                    data.topic, "--stream", "speed", "--bundle", str(bundle), "--device", device, "--ratio", f"1/{KEPT}",
                    "--state-dir", str(folder / "state"), "--metrics-port", "0", "--bootstrap-servers",
                    kafka.bootstrap_servers]  # fmt: skip
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         with running(command, folder / "worker.log", environment) as process:
-            ended = last_commit(kafka, "speed", data, process)
+            try:
+                ended = last_commit(kafka, "speed", data, process)
+            except SystemExit:
+                print((folder / "worker.log").read_text()[-2000:], file=sys.stderr)
+                raise
         log = (folder / "worker.log").read_text()
     first = next(float(line.split()[1]) for line in log.splitlines() if line.startswith("first "))
     told = next((line for line in log.splitlines() if line.startswith("seconds ")), "")

@@ -39,6 +39,10 @@ class PaddedEncoder:
         self.tokens = captioner.config.tokens
         self.quantiser = captioner.quantiser.to(device).eval()
         self._width = captioner.config.feature_width
+        # Where the pixels of a batch are put together; a GPU copies them from locked memory by itself.
+        gpu = device.type == "cuda"
+        self._block = torch.zeros(self.batch, self.side, self.side, 3, dtype=torch.uint8, pin_memory=gpu)
+        self._copied = torch.cuda.Event() if gpu else None
         self._graph: LiteGraph | None = None
         if isinstance(captioner.encoder, LiteEncoder) and device.type == "cpu":
             self._graph = LiteGraph(captioner.encoder, self.quantiser, self.side, torch.get_num_threads())
@@ -97,10 +101,16 @@ class PaddedEncoder:
             raise ShapeError(f"pixels of shape {wrong[0]} for an encoder of {expected}")
 
     def _padded(self, pixels: Sequence[Pixels]) -> Tensor:
-        block = np.zeros((self.batch, self.side, self.side, 3), np.uint8)
-        block[: len(pixels)] = np.stack(pixels)
+        if self._copied is not None:
+            self._copied.synchronize()
+        block = self._block.numpy()
+        np.stack(pixels, out=block[: len(pixels)])
+        block[len(pixels) :] = 0
+        there = self._block.to(self.device, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
         # (B, S, S, 3) seen as (B, 3, S, S) is the channels-last layout that convolutions like best
-        return torch.from_numpy(block).to(self.device).permute(0, 3, 1, 2).to(self.dtype)
+        return there.permute(0, 3, 1, 2).to(self.dtype)
 
 
 def serving_shape(captioner: Captioner, device: torch.device) -> tuple[int, torch.dtype]:

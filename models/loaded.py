@@ -22,6 +22,7 @@ from models.captioner import Captioner, CaptionerConfig
 from models.captioning import at_once, generate_from_tokens, quantised, steps_of
 from models.clustering import Clustering
 from models.device import choose_device
+from models.device_clustering import DeviceClustering
 from models.drift import Baseline
 from models.encoding import PaddedEncoder
 from models.errors import BundleError, ModelError, ShapeError
@@ -170,6 +171,7 @@ class LoadedModel(LoadedCaptioner):
         self.clustering: Clustering | None = clustering
         self.baseline: Baseline | None = Baseline.of(manifest.data)
         self._clustering = clustering
+        self._on_device = _on_device(clustering, device)
 
     @staticmethod
     def of(
@@ -199,11 +201,16 @@ class LoadedModel(LoadedCaptioner):
         other.clustering = other._clustering = _clustering_in(manifest, contents, self._captioner)
         other.baseline = Baseline.of(manifest.data)
         other.clusters = len(other._clustering.centroids)
+        other._on_device = _on_device(other._clustering, self._encoder.device)
         return other
 
     def assign(self, vectors: Vectors) -> NDArray[np.int32]:
         """(n,) clusters."""
-        return self._clustering.assign(vectors)
+        return (self._on_device or self._clustering).assign(vectors)
+
+
+def _on_device(clustering: Clustering, device: torch.device) -> DeviceClustering | None:
+    return None if device.type == "cpu" else DeviceClustering(clustering, device)
 
 
 def _clustering_in(manifest: Manifest, contents: Mapping[str, bytes], captioner: Captioner) -> Clustering:

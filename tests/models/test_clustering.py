@@ -1,5 +1,6 @@
 """Assignment is a pure function of one index vector."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from models.clustering import (
     rows_sampled,
     too_small,
 )
+from models.device import choose_device
+from models.device_clustering import DeviceClustering
 from models.encoding import PaddedEncoder
 from models.errors import BundleError, CorpusError
 from models.images import decode
@@ -74,6 +77,19 @@ def test_assignment_is_the_nearest_centroid_of_a_slow_loop(form: str) -> None:
         expected.append(distances.index(min(distances)))
 
     assert clustering.assign(VECTORS[:50]).tolist() == expected
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(seed=st.integers(0, 1 << 30))
+@settings(max_examples=25, deadline=None)
+def test_a_device_assigns_what_a_cpu_assigns_to_the_last_tie(form: str, seed: int) -> None:
+    vectors = np.random.default_rng(seed).integers(40, size=(50, 12)).astype(np.uint16)
+    fitted = FITTED[form]
+    # Each centroid twice, and some of them rows themselves: as many ties as there can be.
+    rows = fitted.features(vectors[:6])
+    tied = replace(fitted, centroids=np.concatenate([rows, fitted.centroids, fitted.centroids, rows]))
+
+    assert np.array_equal(DeviceClustering(tied, choose_device()).assign(vectors), tied.assign(vectors))
 
 
 def test_equal_centroids_go_to_the_lower_cluster() -> None:
