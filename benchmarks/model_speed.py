@@ -54,6 +54,7 @@ def main() -> None:
         "--paper", action="store_true", help="a bundle of the paper's sizes with random weights, made here"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch-pairs", type=int, help="of the worker, instead of its default")
     parser.add_argument("--records", type=int, default=20_000, help="for the worker; 0: the steps alone")
     options = parser.parse_args()
     name = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
@@ -65,7 +66,7 @@ def main() -> None:
         for line in steps(load_model(bundle, options.device), images, options.device):
             print(line, flush=True)
         if options.records:
-            print(in_a_worker(bundle, options.device, options.records, Path(folder)), flush=True)
+            print(in_a_worker(bundle, options.device, options.records, options.batch_pairs, Path(folder)), flush=True)
 
 
 def jpegs() -> Iterator[bytes]:
@@ -131,7 +132,7 @@ def took(call: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def in_a_worker(bundle: Path, device: str, records: int, folder: Path) -> str:
+def in_a_worker(bundle: Path, device: str, records: int, batch_pairs: int | None, folder: Path) -> str:
     """A line on one worker that works a backlog off: 4 partitions, M = 25 %."""
     with local_broker(folder / "kafka") as broker:
         kafka = Connection(broker.bootstrap_servers)
@@ -140,6 +141,7 @@ def in_a_worker(bundle: Path, device: str, records: int, folder: Path) -> str:
                    data.topic, "--stream", "speed", "--bundle", str(bundle), "--device", device, "--ratio", f"1/{KEPT}",
                    "--state-dir", str(folder / "state"), "--metrics-port", "0", "--bootstrap-servers",
                    kafka.bootstrap_servers]  # fmt: skip
+        command += ["--batch-pairs", str(batch_pairs)] if batch_pairs else []
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         with running(command, folder / "worker.log", environment) as process:

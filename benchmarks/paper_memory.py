@@ -14,17 +14,21 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import numpy as np
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from models.threads import set_thread_environment
 
-from models.captioner import PAPER, Captioner
-from models.codebook import look_up
-from models.loaded import CaptionerParts, LoadedCaptioner
-from models.matching import MatchingHead
-from models.model import Picture
-from models.vocabulary import CHARACTERS, SPECIAL, of_pieces
+set_thread_environment()
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
+from models.captioner import PAPER, Captioner  # noqa: E402
+from models.codebook import look_up  # noqa: E402
+from models.loaded import CaptionerParts, LoadedCaptioner  # noqa: E402
+from models.matching import MatchingHead  # noqa: E402
+from models.model import Picture  # noqa: E402
+from models.vocabulary import CHARACTERS, SPECIAL, of_pieces  # noqa: E402
 
 GIB = 1 << 30
 VOCABULARY_OWN = len(SPECIAL) + 2 * len(CHARACTERS)
