@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,27 @@ def test_after_a_dead_letter_the_id_counts_when_it_comes_whole(partition: Partit
 
     assert [letter.reason for letter in effects.dead] == ["not-an-image"]
     assert fates(effects) == [Fate.KEPT]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 7, 20, 100])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_batch_is_the_same_in_however_many_parts_it_is_encoded(
+    partition: Partition, using: Reduction, at_once: int, threads: int
+) -> None:
+    few_at_once = NullModel(tokens=8, codebook_size=50, clusters=3, batch=at_once)
+    messages = [Message(i, f"pair-{i}", b"BAD" if i % 6 == 5 else b"picture %d" % i) for i in range(20)]
+
+    effects = reduced(messages, partition, replace(using, model=few_at_once, threads=threads))
+
+    codes = effects.codes[0]
+    assert (
+        codes.offsets
+        == [i for i in range(20) if i % 6 != 5]
+        == [int(dict(effect.headers)["cause"]) for effect in effects.kept]
+    )
+    assert [letter.message.offset() for letter in effects.dead] == [5, 11, 17]
+    pictures = [MODEL.decode(message.image or b"") for message in messages if message.image != b"BAD"]
+    assert np.array_equal(np.concatenate([rows.vectors for rows in codes.batches]), MODEL.encode(pictures))
 
 
 @pytest.mark.parametrize("stages", range(5))
