@@ -129,7 +129,7 @@ def main() -> None:
         for turn in range(given.rounds + 1):
             for name, code, settings in contenders:
                 used = run(code, broker.bootstrap_servers, pid, "raw-pairs", folder, settings)
-                delete_topics(kafka, keep={"raw-pairs"})
+                delete_topics(kafka)
                 if turn:  # the first one warms the broker's JVM
                     runs[name].append({kind: 1e6 * spent / given.records for kind, spent in used.items()})
     kinds = sorted({kind for its in runs.values() for used in its for kind in used})

@@ -40,7 +40,7 @@ def main() -> None:
             names = dice.integers(0, 1 << 64, given.transaction, dtype=np.uint64)
             began = time.process_time()
             with env.begin(buffers=True) as view:
-                known.offsets_of(view, names)
+                known.seen_in(view).offsets_of(names)
             sought.append(time.process_time() - began)
             offsets, none = np.full(len(names), count, np.uint64), np.empty(0, np.uint64)
             began = time.process_time()

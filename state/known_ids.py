@@ -25,45 +25,34 @@ CHUNK_IDS = 1024
 # With 4 ids to a word of 64 bits and 5 bits an id, the filter takes 3 new ids of a thousand for known ones (measured).
 _IDS_A_WORD = 4
 _BITS_AN_ID = 5
+_NUMBER = np.dtype("<u8")
 
 
 class _Run(NamedTuple):
-    """A sorted run. number  a higher one is newer, and says what holds."""
+    """A sorted run. number  a higher one is newer, and says what holds; words  its filter, and how many ids it has."""
 
     number: int
-    ids: int
+    words: Numbers
+
+    @property
+    def ids(self) -> int:
+        return int(self.words[-1])
 
 
 class KnownIds:
-    """Works inside the store's transactions; those named `view` must have been begun with `buffers=True`."""
+    """Works inside the store's transactions."""
 
     def __init__(self, env: lmdb.Environment) -> None:
+        self._env = env
         # run → filter; run and last hash of a chunk → its hashes, then its offsets
         self._db = env.open_db(b"known")
 
-    def offsets_of(self, view: lmdb.Transaction[memoryview], hashes: Numbers) -> dict[int, int]:
-        """The input offsets at which those of the ids that are known were counted."""
-        found: dict[int, int] = {}
-        with view.cursor(self._db) as cursor:
-            bits = _bits_of(hashes)
-            for run in reversed(self._runs(cursor)):
-                if not len(hashes):
-                    break
-                words = np.frombuffer(view.get(_key(run.number), db=self._db), "<u8")  # type: ignore[arg-type]
-                perhaps = np.flatnonzero(_may_hold(words, hashes, bits))
-                here = []
-                for at in perhaps.tolist():
-                    offset = self._in_run(cursor, run, hashes[at])
-                    if offset is not None:
-                        here.append(at)
-                        if offset != GONE:
-                            found[int(hashes[at])] = offset
-                if here:
-                    hashes, bits = np.delete(hashes, here), np.delete(bits, here)
-        return found
+    def seen_in(self, view: lmdb.Transaction[memoryview]) -> SeenIds:
+        """What a transaction that was begun with `buffers=True` shows, for as long as it lives."""
+        return SeenIds(view.cursor(self._db))
 
     def put(self, txn: lmdb.Transaction[bytes], counted: Sequence[tuple[Numbers, Numbers]], gone: Numbers) -> None:
-        """Note the offsets of hashes in place of what was there, and forget those that are `gone`.
+        """Note the offsets of hashes in place of what was there, and forget those that are `gone`. Once a transaction.
 
         counted  hashes and offsets; of a hash that is in several of them, or in one and in `gone`, the first says what holds
         """
@@ -71,68 +60,83 @@ class KnownIds:
         count = len(columns[0][0])
         if not count:
             return
-        with txn.cursor(self._db) as cursor:
-            older = self._runs(cursor)
+        # Of what is committed, since a transaction that writes has no buffers: it would copy each filter.
+        with self._env.begin(buffers=True) as view, txn.cursor(self._db) as cursor:
+            seen = self.seen_in(view)
+            older = seen.runs
             while older and older[-1].ids <= count:
                 run = older.pop()
                 count += run.ids
-                columns.append(self._taken_out(cursor, run))
+                columns.append(seen.columns(run))
+                self._delete(cursor, run)
             hashes, offsets = columns[0] if len(columns) == 1 else _newest_of_each(columns)
             if not older:
                 hashes, offsets = hashes[offsets != GONE], offsets[offsets != GONE]
             self._write(cursor, older[-1].number + 1 if older else 0, hashes, offsets)
 
-    def count(self, txn: lmdb.Transaction[bytes]) -> int:
+    def count(self) -> int:
         """How many ids are known. Reads them all."""
-        with txn.cursor(self._db) as cursor:
-            columns = [self._columns(cursor, run) for run in reversed(self._runs(cursor))]
+        with self._env.begin(buffers=True) as view:
+            seen = self.seen_in(view)
+            columns = [seen.columns(run) for run in reversed(seen.runs)]
         return int((_newest_of_each(columns)[1] != GONE).sum()) if columns else 0
 
-    def _runs(self, cursor: lmdb.Cursor) -> list[_Run]:
-        """The runs that there are, oldest first."""
-        runs = []
+    def _delete(self, cursor: lmdb.Cursor[bytes], run: _Run) -> None:
+        there = cursor.set_key(_key(run.number))
+        while there and int.from_bytes(cursor.key()[:4], "big") == run.number:
+            there = cursor.delete()
+
+    def _write(self, cursor: lmdb.Cursor[bytes], number: int, hashes: Numbers, offsets: Numbers) -> None:
+        if not len(hashes):
+            return
+        # Its ids are counted in the last word, which no hash leads to.
+        words = np.append(_filter(hashes), np.uint64(len(hashes)))
+        chunks = [(_key(number), words.astype(_NUMBER).tobytes())]
+        for start in range(0, len(hashes), CHUNK_IDS):
+            rows = slice(start, start + CHUNK_IDS)
+            value = np.concatenate([hashes[rows], offsets[rows]]).astype(_NUMBER).tobytes()
+            chunks.append((_key(number, int(hashes[rows][-1])), value))
+        cursor.putmulti(chunks, append=True)  # the newest run has the highest number
+
+
+class SeenIds:
+    """What a view shows of them: its runs and their filters are looked for once."""
+
+    def __init__(self, cursor: lmdb.Cursor[memoryview]) -> None:
+        self._cursor = cursor
+        self.runs: list[_Run] = []  # oldest first
         at = cursor.first()
         while at:
             number = int.from_bytes(cursor.key()[:4], "big")
-            runs.append(_Run(number, int.from_bytes(cursor.value()[-8:], "little")))
+            self.runs.append(_Run(number, np.frombuffer(cursor.value(), _NUMBER)))
             at = cursor.set_range(_key(number + 1))
-        return runs
 
-    def _in_run(self, cursor: lmdb.Cursor, run: _Run, known_hash: np.uint64) -> int | None:
-        if not cursor.set_range(_key(run.number, int(known_hash))):
-            return None
-        if int.from_bytes(cursor.key()[:4], "big") != run.number:
-            return None
-        hashes, offsets = _columns_of(cursor.value())
-        at = int(np.searchsorted(hashes, known_hash))
-        return int(offsets[at]) if hashes[at] == known_hash else None
+    def offsets_of(self, hashes: Numbers) -> dict[int, int]:
+        """The input offsets at which those of the ids that are known were counted."""
+        found: dict[int, int] = {}
+        halves, bits = hashes >> np.uint64(32), _bits_of(hashes)
+        for run in reversed(self.runs):
+            for known_hash in hashes[_may_hold(run.words, halves, bits)].tolist():
+                if known_hash not in found and (offset := self._in_run(run, known_hash)) is not None:
+                    found[known_hash] = offset
+        return {known_hash: offset for known_hash, offset in found.items() if offset != GONE}
 
-    def _columns(self, cursor: lmdb.Cursor, run: _Run) -> tuple[Numbers, Numbers]:
-        chunks = []
+    def columns(self, run: _Run) -> tuple[Numbers, Numbers]:
+        """Hashes and offsets of a run."""
+        chunks, cursor = [], self._cursor
         cursor.set_key(_key(run.number))
         while cursor.next() and int.from_bytes(cursor.key()[:4], "big") == run.number:
             chunks.append(_columns_of(cursor.value()))
         hashes, offsets = zip(*chunks, strict=True)
         return np.concatenate(hashes), np.concatenate(offsets)
 
-    def _taken_out(self, cursor: lmdb.Cursor, run: _Run) -> tuple[Numbers, Numbers]:
-        columns = self._columns(cursor, run)
-        there = cursor.set_key(_key(run.number))
-        while there and int.from_bytes(cursor.key()[:4], "big") == run.number:
-            there = cursor.delete()
-        return columns
-
-    def _write(self, cursor: lmdb.Cursor, number: int, hashes: Numbers, offsets: Numbers) -> None:
-        if not len(hashes):
-            return
-        # Its ids are counted in the last word, which no hash leads to.
-        words = np.append(_filter(hashes), np.uint64(len(hashes)))
-        chunks = [(_key(number), words.astype("<u8").tobytes())]
-        for start in range(0, len(hashes), CHUNK_IDS):
-            rows = slice(start, start + CHUNK_IDS)
-            value = np.concatenate([hashes[rows], offsets[rows]]).astype("<u8").tobytes()
-            chunks.append((_key(number, int(hashes[rows][-1])), value))
-        cursor.putmulti(chunks, append=True)  # the newest run has the highest number
+    def _in_run(self, run: _Run, known_hash: int) -> int | None:
+        cursor = self._cursor
+        if not cursor.set_range(_key(run.number, known_hash)) or cursor.key()[:4] != _key(run.number):
+            return None
+        hashes, offsets = _columns_of(cursor.value())
+        at = int(hashes.searchsorted(np.uint64(known_hash)))
+        return int(offsets[at]) if hashes[at] == known_hash else None
 
 
 def _key(number: int, last_hash: int | None = None) -> bytes:
@@ -141,7 +145,7 @@ def _key(number: int, last_hash: int | None = None) -> bytes:
 
 
 def _columns_of(value: bytes | memoryview) -> tuple[Numbers, Numbers]:
-    both = np.frombuffer(value, "<u8")
+    both = np.frombuffer(value, _NUMBER)
     return both[: len(both) // 2], both[len(both) // 2 :]
 
 
@@ -167,18 +171,19 @@ def _newest_of_each(columns: Sequence[tuple[Numbers, Numbers]]) -> tuple[Numbers
 def _filter(hashes: Numbers) -> Numbers:
     words = np.zeros((len(hashes) + _IDS_A_WORD - 1) // _IDS_A_WORD, np.uint64)
     # sorted hashes lead to ascending words
-    places, starts = np.unique(_word_of(hashes, len(words)), return_index=True)
+    places, starts = np.unique(_word_of(hashes >> np.uint64(32), len(words)), return_index=True)
     words[places] = np.bitwise_or.reduceat(_bits_of(hashes), starts)
     return words
 
 
-def _may_hold(words: Numbers, hashes: Numbers, bits: Numbers) -> NDArray[np.bool_]:
-    held: NDArray[np.bool_] = (words[_word_of(hashes, len(words) - 1)] & bits) == bits
+def _may_hold(words: Numbers, halves: Numbers, bits: Numbers) -> NDArray[np.bool_]:
+    held: NDArray[np.bool_] = (words.take(_word_of(halves, len(words) - 1)) & bits) == bits
     return held
 
 
-def _word_of(hashes: Numbers, words: int) -> NDArray[np.int64]:
-    return ((hashes >> np.uint64(32)) * np.uint64(words) >> np.uint64(32)).astype(np.int64)
+def _word_of(halves: Numbers, words: int) -> NDArray[np.int64]:
+    """halves  the upper 32 bits of hashes"""
+    return (halves * np.uint64(words) >> np.uint64(32)).view(np.int64)
 
 
 def _bits_of(hashes: Numbers) -> Numbers:

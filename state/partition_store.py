@@ -53,7 +53,7 @@ from state.changelog import (
     number_of,
 )
 from state.errors import RoomWanted, StoreClosed, StoreCorrupt, StoreFull, UnknownRecord
-from state.known_ids import KnownIds
+from state.known_ids import KnownIds, SeenIds
 from state.reservoir import mark_of, rank_of
 from state.settings import StreamSettings
 
@@ -174,7 +174,7 @@ class PartitionStore:
             self._groups = self._env.open_db(b"groups")
             self._meta = self._env.open_db(b"meta")
             self._known = KnownIds(self._env)
-            self._read = self._env.begin()
+            self._begin_view()
             layout = self._read.get(b"layout", db=self._meta)
             if layout not in (None, _LAYOUT):
                 raise StoreCorrupt(
@@ -200,7 +200,7 @@ class PartitionStore:
         """
         records = list(records)
         with self._writing:
-            self._read.abort()
+            self._end_view()
             try:
                 while not self._try(records, changelog_position):
                     self._grow()
@@ -228,6 +228,13 @@ class PartitionStore:
     def _begin_view(self) -> None:
         self._behind = False
         self._read = self._env.begin()
+        self._buffers: lmdb.Transaction[memoryview] = self._env.begin(buffers=True)
+        self._seen: SeenIds | None = None  # the known ids in there, once somebody has asked
+
+    def _end_view(self) -> None:
+        self._seen = None
+        self._buffers.abort()
+        self._read.abort()
 
     def _grow(self) -> None:
         self._env.set_mapsize(2 * self._env.info()["map_size"])
@@ -316,7 +323,7 @@ class PartitionStore:
         if not known_hashes:
             return {}
         with self._env.begin(buffers=True) as view:
-            found = self._known.offsets_of(view, _numbers(b"".join(known_hashes)))
+            found = self._known.seen_in(view).offsets_of(_numbers(b"".join(known_hashes)))
         return {known.to_bytes(8, "big"): offset.to_bytes(8, "big") for known, offset in found.items()}
 
     def _write_plain(self, txn: lmdb.Transaction[bytes], plain: dict[bytes, bytes | None]) -> None:
@@ -503,7 +510,7 @@ class PartitionStore:
         """
         if self.room_wanted:
             with self._writing:
-                self._read.abort()
+                self._end_view()
                 try:
                     self._grow()
                 finally:
@@ -513,7 +520,7 @@ class PartitionStore:
 
     def refresh(self) -> None:
         """Sees from now on what was grouped beside."""
-        self._read.abort()
+        self._end_view()
         self._begin_view()
 
     def grouped(self, epoch: int, bundle: str, until: int) -> bool:
@@ -578,12 +585,13 @@ class PartitionStore:
 
     def known_offsets(self, known_hashes: Sequence[int] | NDArray[np.uint64]) -> dict[int, int]:
         """The input offsets at which those of the ids were counted that are known. Much faster than one by one."""
-        with self._env.begin(buffers=True) as view:
-            return self._known.offsets_of(view, np.asarray(known_hashes, np.uint64))
+        if self._seen is None:
+            self._seen = self._known.seen_in(self._buffers)
+        return self._seen.offsets_of(np.asarray(known_hashes, np.uint64))
 
     def known_count(self) -> int:
         """How many ids are known."""
-        return self._known.count(self._read)
+        return self._known.count()
 
     def entry_at(self, offset: int) -> tuple[int, bytes] | None:
         """(known hash, encoded entry) of the pair from this input offset, if it is in the reservoir."""
@@ -651,7 +659,7 @@ class PartitionStore:
         """Let go of the files. What was applied is durable already. Waits for the step beside."""
         with self._writing:
             self._closed = True
-            self._read.abort()
+            self._end_view()
             self._env.close()
 
     def __enter__(self) -> PartitionStore:

@@ -108,7 +108,8 @@ class Intake:
         """The messages that are ones, and of partitions that we consume; what the others tell is noted. Raises as `poll`."""
         numbers = {message.partition() for message in messages}
         events = [message for message in messages if message.error() is not None]
-        if not (events or restarted or self.at_end) and numbers <= self._consumed:  # almost always so
+        # Almost always so.
+        if not (events or restarted) and numbers <= self._consumed and numbers.isdisjoint(self.at_end):
             return messages
         fresh: list[Message] = []
         for message in messages:

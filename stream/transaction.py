@@ -161,8 +161,9 @@ _Record = tuple[Any, ...]
 
 def _records(sealed: Sealed, outlet: Outlet) -> Iterable[_Record]:
     topics = outlet.topics
+    kept, changelog = topics.kept, topics.changelog  # names are made anew each time
     for number, key, value, headers in sealed.effects.kept:
-        yield topics.kept, value, key, number, None, None, 0, headers
+        yield kept, value, key, number, None, None, 0, headers
     for p, its in sealed.codes:
         for record in its:
             yield topics.codes, write_pair_codes(outlet.codes_codec.header, record), None, p
@@ -171,10 +172,10 @@ def _records(sealed: Sealed, outlet: Outlet) -> Iterable[_Record]:
         yield topics.dead, message.value(), message.key(), message.partition(), None, None, 0, headers_of(letter)
     for p, (*changes, (last_key, last)) in sealed.changes.items():
         for changed, entry in changes:
-            yield topics.changelog, entry, changed, p
+            yield changelog, entry, changed, p
         # Records of a partition are written in their order, so the last one tells the end.
         told = partial(_remember_end, partition=p, ends=sealed.ends)
-        yield topics.changelog, last, last_key, p, told
+        yield changelog, last, last_key, p, told
 
 
 def _produce_all(sealed: Sealed, outlet: Outlet) -> None:

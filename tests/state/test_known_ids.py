@@ -36,9 +36,9 @@ def test_every_known_id_has_its_newest_offset_and_no_other_is_known(sizes: list[
             known |= dict.fromkeys(fresh, offset)
             known = {name: at for name, at in known.items() if name not in set(gone)}
 
-        with env.begin(buffers=True) as view, env.begin() as txn:
-            assert ids.offsets_of(view, pool) == known
-            assert ids.count(txn) == len(known)
+        with env.begin(buffers=True) as view:
+            assert ids.seen_in(view).offsets_of(pool) == known
+        assert ids.count() == len(known)
 
 
 def test_of_many_new_ids_few_are_looked_for() -> None:
@@ -48,10 +48,11 @@ def test_of_many_new_ids_few_are_looked_for() -> None:
         names = dice.integers(0, 2**64, 100_000, dtype=np.uint64)
         with env.begin(write=True) as txn:
             ids.put(txn, [(names, np.zeros_like(names))], numbers([]))
-        look = ids._in_run
-        ids._in_run = lambda *asked: sought.append(asked) or look(*asked)  # type: ignore[method-assign, func-returns-value]
 
         with env.begin(buffers=True) as view:
-            assert ids.offsets_of(view, dice.integers(0, 2**64, 100_000, dtype=np.uint64)) == {}
+            seen = ids.seen_in(view)
+            look = seen._in_run
+            seen._in_run = lambda *asked: sought.append(asked) or look(*asked)  # type: ignore[method-assign, func-returns-value]
+            assert seen.offsets_of(dice.integers(0, 2**64, 100_000, dtype=np.uint64)) == {}
 
         assert len(sought) < 1000  # 1 %; each look costs a few microseconds
