@@ -4,6 +4,7 @@ The same network as `Decoder.logits`, from the same modules; only attention is w
 the same piece. Nothing in it waits for the device.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -109,14 +110,14 @@ class GraphSteps(Steps):
     """The same on a GPU for up to `rows` captions at a time, each step recorded once as a CUDA graph and replayed.
 
     A step is some 300 short kernels, and to start them one by one takes five times as long as they take. All batches have the
-    same places in memory; rows beyond those of a batch compute nothing that is looked at.
+    same places in memory; rows beyond those of a batch compute nothing that is looked at. Where a driver or a library cannot
+    record, a warning says so and the steps go one by one.
     """
-
-    fixed = True
 
     def __init__(self, decoder: Decoder, pieces_max: int, *, guided: bool, rows: int) -> None:
         super().__init__(decoder, pieces_max, guided=guided)
         self.rows = rows
+        self.fixed = True
         self._count = rows
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._pieces = torch.zeros(rows * (1 + guided), dtype=torch.long, device=decoder.places.device)
@@ -125,9 +126,17 @@ class GraphSteps(Steps):
     def look(self, tokens: Tensor) -> None:
         """Begins captions of (B, L, D), B ≤ rows."""
         self._count = len(tokens)
-        if not self._graphs:
+        if self.fixed and not self._graphs:
             super().look(F.pad(tokens, (0, 0, 0, 0, 0, self.rows - len(tokens))))
-            self._record()
+            try:
+                self._record()
+            except RuntimeError as error:
+                self.fixed, why = False, str(error).partition("\n")[0]
+                warnings.warn(
+                    f"captions take several times as long: no CUDA graph could be recorded ({why})", stacklevel=2
+                )
+        if not self.fixed:
+            super().look(tokens)
         else:
             seen, votes = self.decoder.see(tokens)
             for layer, kept in zip(self._layers, self._seen, strict=True):
@@ -139,6 +148,8 @@ class GraphSteps(Steps):
 
     def logits(self, pieces: Tensor) -> Tensor:
         """As `Steps.logits`; the answer of one call is gone with the next one."""
+        if not self.fixed:
+            return super().logits(pieces)
         for half, its in enumerate(pieces.chunk(1 + self.guided)):
             self._pieces[half * self.rows : half * self.rows + self._count] = its
         self._graphs[self.length].replay()
@@ -148,8 +159,10 @@ class GraphSteps(Steps):
         return torch.cat([half[: self._count] for half in self._logits.chunk(2)])
 
     def keep(self, rows: Tensor) -> None:
-        """Raises TypeError: a recorded batch keeps its rows."""
-        raise TypeError("a recorded batch keeps its rows")
+        """As `Steps.keep`. Raises TypeError where steps are recorded, since such a batch keeps its rows."""
+        if self.fixed:
+            raise TypeError("a batch whose steps are recorded keeps its rows")
+        super().keep(rows)
 
     def _record(self) -> None:
         pool = torch.cuda.graph_pool_handle()

@@ -17,6 +17,7 @@ from models.device import choose_device
 from models.errors import ShapeError
 from models.loaded import CaptionerParts, LoadedCaptioner
 from models.model import Picture
+from models.stepwise import GraphSteps
 from models.vocabulary import MASK, PAD, START, STOP
 from tests.models.conftest import CAPTIONS, Small
 from tests.models.random_models import random_authors
@@ -80,6 +81,19 @@ def test_recorded_steps_say_what_a_cpu_says_however_full_the_batch_is(small: Sma
     ]
 
     assert said == generate(small.captioner, small.vocabulary, noise, how)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_where_no_graph_can_be_recorded_a_warning_says_so_and_the_captions_are_the_same(small: Small) -> None:
+    decoder, config = small.captioner.decoder, small.captioner.config
+    steps = GraphSteps(decoder, config.caption_pieces_max, guided=config.guidance != 1.0, rows=128)
+    (tokens,) = quantised(small.captioner, small.vectors)
+
+    with pytest.warns(UserWarning, match="no CUDA graph could be recorded"):
+        said = generate_from_tokens(small.captioner, small.vocabulary, tokens, steps=steps)
+
+    assert said == generate(small.captioner, small.vocabulary, small.vectors)
+    assert generate_from_tokens(small.captioner, small.vocabulary, tokens[:3], steps=steps) == said[:3]
 
 
 def test_a_caption_has_at_least_and_at_most_as_many_pieces_as_asked_for(small: Small) -> None:
