@@ -47,6 +47,7 @@ from stream.topics import StreamTopics
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent / ".build"
 RESULTS = HERE / "results.jsonl"
+PYTHON = " ".join(sys.version.split())
 QUIX_PYTHON = BUILD / "quix-venv" / "bin" / "python"
 STREAMS_JARS = BUILD / "kafka-streams"  # and the class that was compiled with them
 
@@ -426,7 +427,7 @@ def table(results: Results) -> str:
         "All keep exactly the ids of the batch reference.",
         "",
         f"Between {when[0]} and {when[-1]}; {cpu_name()}, {os.cpu_count()} cores shared by the broker, the "
-        f"contender and whatever else ran: load average {min(u['load'] for u in units.values()):.1f} to "
+        f"contender and whatever else ran; CPython {PYTHON}: load average {min(u['load'] for u in units.values()):.1f} to "
         f"{max(u['load'] for u in units.values()):.1f}. The contenders took turns.",
         "",
         "| size | contender | records/s (each round) | median | CPU µs a record | ours ÷ it, median | ours ÷ it, by CPU |",
