@@ -63,7 +63,8 @@ LOOK_EVERY_S = 0.05
 SETTLED_AFTER_S = 3.0
 UNIT_TIMEOUT_S = 600.0
 GROWN = (100_000, 10_000_000)  # pairs in the stores
-CONTENDERS = ("ours", "quix, documented", "quix, by hand", "kafka streams", "plain loop")
+TWO = "ours, two workers"
+CONTENDERS = ("ours", TWO, "quix, documented", "quix, by hand", "kafka streams", "plain loop")
 
 
 @dataclass
@@ -142,7 +143,7 @@ def command_of(
     contender: str, kafka: Connection, data: Input, group: str, folder: Path, quix: Path, bundle: str | None
 ) -> list[str]:
     bootstrap, kept = kafka.bootstrap_servers, f"{group}.kept-pairs"
-    if contender == "ours":
+    if contender in ("ours", TWO):
         return [sys.executable, str(HERE / "our_worker.py"), "consume", "--topic", data.topic, "--stream", group,
                 *(("--bundle", bundle) if bundle else ("--model", "null")),
                 "--seed", str(SEED), "--ratio", "1/4", "--state-dir", str(folder / "state"),
@@ -168,33 +169,50 @@ def measure(
 ) -> Run:
     """One contender from the first record that it reads to its last commit; grown: where it keeps its state."""
     group = group or f"{contender.replace(', ', '-').replace(' ', '-')}-{time.time_ns() // 1_000_000}"
-    if contender != "ours":
+    if contender not in ("ours", TWO):
         create_missing(kafka, {f"{group}.kept-pairs": {"max.message.bytes": "2097152"}}, PARTITIONS)
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
     if contender.startswith("quix"):
         environment.pop("PYTHONPATH")
-    with tempfile.TemporaryDirectory(dir=folder) as state, (folder / f"{group}.log").open("w+") as log:
-        command = command_of(contender, kafka, data, group, grown or Path(state), quix, bundle)
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=HERE.parent)
+    with tempfile.TemporaryDirectory(dir=folder) as state:
+        commands = [command_of(contender, kafka, data, group, grown or Path(state), quix, bundle)]
+        if contender == TWO:
+            commands = [[*commands[0], "--instance-id", name, "--state-dir", f"{state}/{name}"] for name in ("a", "b")]
+        logs = [folder / f"{group}-{number}.log" for number in range(len(commands))]
+        processes = [started(*each, environment) for each in zip(commands, logs, strict=True)]
         try:
-            ended = last_commit(kafka, group, data, process)
+            ended = last_commit(kafka, group, data, processes[0])
         finally:
-            process.send_signal(signal.SIGTERM)
-            used: Any = None
-            with suppress(ChildProcessError):
-                _, _, used = os.wait4(process.pid, 0)
-        log.seek(0)
-        text = log.read()
-    told = dict(line.split(" ", 1) for line in text.splitlines() if line.startswith(("first ", "seconds ")))
-    if "first" not in told:
-        raise SystemExit(f"{contender} read nothing:\n{text[-3000:]}")
+            cpu_s = [ended_with(process) for process in processes]
+    texts = [log.read_text() for log in logs]
+    tolds = [
+        dict(line.split(" ", 1) for line in text.splitlines() if line.startswith(("first ", "seconds ")))
+        for text in texts
+    ]
+    firsts = [tuple(map(float, each["first"].split())) for each in tolds if "first" in each]
+    if not firsts:
+        raise SystemExit(f"{contender} read nothing:\n{texts[0][-3000:]}")
     emitted = kept_ids(kafka, f"{group}.kept-pairs")
     # A cell that has grown is in the middle of a block, of which the reference knows nothing.
     right = None if contender == "plain loop" or grown else len(emitted) == len(data.kept) and set(emitted) == data.kept
-    first_at, first_cpu = map(float, told["first"].split())
-    cpu = used.ru_utime + used.ru_stime - first_cpu if used else float("nan")
+    first_at = min(at for at, _ in firsts)
+    cpu = sum(cpu_s) - sum(cpu_before for _, cpu_before in firsts)
     delete_topics(kafka)
-    return Run(data.records, ended - first_at, cpu, len(emitted), right, json.loads(told.get("seconds", "{}")))
+    return Run(data.records, ended - first_at, cpu, len(emitted), right, json.loads(tolds[0].get("seconds", "{}")))
+
+
+def started(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    with log.open("w") as file:
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=HERE.parent)
+
+
+def ended_with(process: subprocess.Popen[bytes]) -> float:
+    """Asks the process to end and waits for it: the CPU seconds that it had, NaN if it was gone."""
+    process.send_signal(signal.SIGTERM)
+    with suppress(ChildProcessError):
+        _, _, used = os.wait4(process.pid, 0)
+        return used.ru_utime + used.ru_stime
+    return float("nan")
 
 
 def last_commit(kafka: Connection, group: str, data: Input, process: subprocess.Popen[bytes]) -> float:
@@ -420,11 +438,11 @@ def table(results: Results) -> str:
     lines = [
         "# Speed of the engine",
         "",
-        "Made by `make bench` (`benchmarks/engine.py`): the null model, four partitions, one process, 2 % duplicates, a "
+        "Made by `make bench` (`benchmarks/engine.py`): the null model, four partitions, 2 % duplicates, a "
         "quarter kept, from the first record read to the last one committed. Our engine runs with everything on: pair-codes "
         "with 196 indices, known ids, changelog, Avro, captions, a synced store. Quix Streams and Kafka Streams "
-        "(Java, two threads) find the cluster in the record, and pass a kept pair on as it came. "
-        "All keep exactly the ids of the batch reference.",
+        "(Java, two threads) find the cluster in the record, and pass a kept pair on as it came. Two workers are two "
+        "processes of ours that share the partitions, on the same two cores. All keep exactly the ids of the batch reference.",
         "",
         f"Between {when[0]} and {when[-1]}; {cpu_name()}, {os.cpu_count()} cores shared by the broker, the "
         f"contender and whatever else ran; CPython {PYTHON}: load average {min(u['load'] for u in units.values()):.1f} to "
