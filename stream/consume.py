@@ -455,7 +455,10 @@ def _run(
             dead_share.remember(restored.partition.partition, position.wall_clock_ms, stretch)
 
     attempt_s = min(ATTEMPT_TIMEOUT_S, options.transaction_timeout_s / 2)
-    outlet = Outlet(producer, consumer, topics, options.topic, codes, instance, settings.partition_count, attempt_s)
+    outlet = Outlet(
+        producer, consumer, topics, options.topic, codes, instance, settings.partition_count, attempt_s,
+        options.transaction_timeout_s,
+    )  # fmt: skip
     batch = options.batch_pairs or model.pairs_at_once
     revoke_budget_s = min(REVOKE_BUDGET_S, _max_poll_interval_s(options) / 2)
     pace = Pace(options.commit_interval_s, batch, options.stop_at_end, revoke_budget_s)

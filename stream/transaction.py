@@ -47,8 +47,9 @@ class ProducerLost(Exception):
 class Outlet(NamedTuple):
     """Where effects go: the transactional producer, the stream's topics, and who is writing.
 
-    attempt_timeout_s  one attempt of a call ends after this long, and is repeated where its outcome is unknown. All of them
-                       are bounded by transaction.timeout.ms on the broker's side, into which it should fit twice.
+    attempt_timeout_s      one attempt of a call ends after this long, and is repeated where its outcome is unknown. All of
+                           them are bounded by transaction.timeout.ms on the broker's side, into which it should fit twice.
+    transaction_timeout_s  after which the broker ends a transaction by itself, as it fences: by a new epoch
     """
 
     producer: Producer
@@ -59,6 +60,7 @@ class Outlet(NamedTuple):
     instance: str
     partition_count: int
     attempt_timeout_s: float = 5.0
+    transaction_timeout_s: float = 10.0
     wall_clock: Callable[[], float] = time.time
 
 
@@ -122,7 +124,7 @@ def send(sealed: Sealed, outlet: Outlet) -> None:
         producer.send_offsets_to_transaction(sealed.offsets, sealed.group, attempt_s)  # 3
         _until_done(lambda: producer.commit_transaction(attempt_s), "committing")  # 4
     except (KafkaException, KafkaError, SystemError) as error:
-        _abort(producer, error, attempt_s)
+        _abort(outlet, error)
 
 
 def write(sealed: Sealed, partitions: Mapping[int, Partition]) -> None:
@@ -210,8 +212,15 @@ def _until_done(call: Callable[[], None], what: str) -> None:
             log.warning("%s goes on for %.0f s: %s", what, time.monotonic() - began, reason.str())
 
 
-def _abort(producer: Producer, error: BaseException, attempt_s: float) -> NoReturn:
+def _abort(outlet: Outlet, error: BaseException) -> NoReturn:
     """Ends a failed transaction as the error's course says."""
+    attempts = 0
+
+    def abort() -> None:
+        nonlocal attempts
+        attempts += 1
+        outlet.producer.abort_transaction(outlet.attempt_timeout_s)
+
     reason = kafka_error_of(error)
     course = course_of(reason)
     if course is Course.FENCED:
@@ -222,9 +231,13 @@ def _abort(producer: Producer, error: BaseException, attempt_s: float) -> NoRetu
         raise ProducerLost(reason.str()) from error
     try:
         if not reason.fatal():
-            _until_done(lambda: producer.abort_transaction(attempt_s), "aborting")
+            _until_done(abort, "aborting")
     except (KafkaException, KafkaError, SystemError) as second:
         refused = kafka_error_of(second)
+        # Attempts that all timed out for longer than a transaction may last: the broker was away and has ended it since. (Who
+        # was frozen for as long and has a successor comes here after one or two attempts, and the group fences it as well.)
+        if (attempts - 1) * outlet.attempt_timeout_s >= outlet.transaction_timeout_s:
+            raise ProducerLost(refused.str()) from second
         if course_of(refused) is Course.FENCED:
             raise Fenced(f"the transaction could not be aborted: {refused.str()}") from second
         if course is not Course.STOP:

@@ -114,13 +114,16 @@ class Worker:
     def new_producer(self) -> Producer:
         return _producer(self.connection, "s-one", 1_000_000, 10.0, lambda error: None)
 
-    def commit(self) -> None:
+    def commit(self, attempt_timeout_s: float = 5.0, transaction_timeout_s: float = 10.0) -> None:
         """A batch of three pairs, two of them the same, as one transaction."""
         self.partition.adopt(MODEL.version, MODEL.space, 0)
         effects = Effects()
         messages = [Message(0, "a"), Message(1, "b"), Message(2, "a")]
         reduce_batch(messages, {0: self.partition}, self.using, effects)
-        outlet = Outlet(self.producer, self.consumer, TOPICS, "raw", Codec("PairCodes"), "one", 1)
+        outlet = Outlet(
+            self.producer, self.consumer, TOPICS, "raw", Codec("PairCodes"), "one", 1, attempt_timeout_s,
+            transaction_timeout_s,
+        )  # fmt: skip
         commit(effects, {0: self.partition}, outlet)
 
     @property
@@ -188,6 +191,20 @@ def test_a_fenced_worker_leaves_and_its_store_is_untouched(worker: Worker, call:
         worker.commit()
 
     assert worker.stored is None
+
+
+def test_an_abort_that_the_broker_has_made_by_itself_meanwhile_is_not_taken_for_a_successor(worker: Worker) -> None:
+    # given: an abort whose attempts time out until the transaction is older than it may be, and then is called fenced
+    worker.cluster.answer("AddOffsetsToTxn", KafkaError.TRANSACTION_ABORTABLE)
+    worker.cluster.answer("EndTxn", *[KafkaError.COORDINATOR_NOT_AVAILABLE] * 30, KafkaError.PRODUCER_FENCED)
+
+    with pytest.raises(ProducerLost):
+        worker.commit(attempt_timeout_s=0.05, transaction_timeout_s=0.1)
+
+    worker.partition.abort()
+    worker.producer = worker.new_producer()
+    worker.commit()
+    assert worker.stored == 3
 
 
 @each(STOPPED)
