@@ -222,6 +222,13 @@ def _abort(outlet: Outlet, error: BaseException) -> NoReturn:
         outlet.producer.abort_transaction(outlet.attempt_timeout_s)
 
     reason = kafka_error_of(error)
+    if (
+        reason.code() == KafkaError._FATAL
+    ):  # `produce` does not say what it was; a transactional call, which is refused, does
+        try:
+            outlet.producer.abort_transaction(outlet.attempt_timeout_s)
+        except (KafkaException, KafkaError, SystemError) as told:
+            reason = kafka_error_of(told)
     course = course_of(reason)
     if course is Course.FENCED:
         raise Fenced(

@@ -114,11 +114,12 @@ class Worker:
     def new_producer(self) -> Producer:
         return _producer(self.connection, "s-one", 1_000_000, 10.0, lambda error: None)
 
-    def commit(self, attempt_timeout_s: float = 5.0, transaction_timeout_s: float = 10.0) -> None:
-        """A batch of three pairs, two of them the same, as one transaction."""
+    def commit(self, attempt_timeout_s: float = 5.0, transaction_timeout_s: float = 10.0, more: int = 0) -> None:
+        """A batch of three pairs, two of them the same, and of some more, as one transaction."""
         self.partition.adopt(MODEL.version, MODEL.space, 0)
         effects = Effects()
         messages = [Message(0, "a"), Message(1, "b"), Message(2, "a")]
+        messages += [Message(n, f"pair-{n}") for n in range(3, 3 + more)]
         reduce_batch(messages, {0: self.partition}, self.using, effects)
         outlet = Outlet(
             self.producer, self.consumer, TOPICS, "raw", Codec("PairCodes"), "one", 1, attempt_timeout_s,
@@ -217,6 +218,13 @@ def test_what_would_happen_again_stops_the_worker_with_the_reason(worker: Worker
     assert not isinstance(stopped.value, Fenced)
     assert "Kafka refuses the transaction" in str(stopped.value)
     assert worker.stored is None
+
+
+def test_a_fatal_error_that_comes_while_records_are_produced_is_told_by_its_reason(worker: Worker) -> None:
+    worker.cluster.answer("AddPartitionsToTxn", KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED)
+
+    with pytest.raises(Stopped, match="Kafka refuses the transaction"):
+        worker.commit(more=20_000)
 
 
 @pytest.mark.parametrize("code", [*COORDINATOR, KafkaError.CONCURRENT_TRANSACTIONS], ids=lambda c: KafkaError(c).name())
