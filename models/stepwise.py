@@ -5,6 +5,8 @@ the same piece. Nothing in it waits for the device.
 """
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,67 +112,70 @@ class GraphSteps(Steps):
     """The same on a GPU for up to `rows` captions at a time, each step recorded once as a CUDA graph and replayed.
 
     A step is some 300 short kernels, and to start them one by one takes five times as long as they take. All batches have the
-    same places in memory; rows beyond those of a batch compute nothing that is looked at. Where a driver or a library cannot
-    record, a warning says so and the steps go one by one.
+    same places in memory; rows beyond those of a batch compute nothing that is looked at. Where nothing can be recorded, a
+    warning says so and the same steps are run one by one.
     """
+
+    fixed = True
 
     def __init__(self, decoder: Decoder, pieces_max: int, *, guided: bool, rows: int) -> None:
         super().__init__(decoder, pieces_max, guided=guided)
         self.rows = rows
-        self.fixed = True
         self._count = rows
-        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._replays: list[Callable[[], object]] = []  # of each length
         self._pieces = torch.zeros(rows * (1 + guided), dtype=torch.long, device=decoder.places.device)
         self._logits = torch.empty(0)
 
     def look(self, tokens: Tensor) -> None:
         """Begins captions of (B, L, D), B ≤ rows."""
-        self._count = len(tokens)
-        if self.fixed and not self._graphs:
+        self._count, self.length = len(tokens), 0
+        if not self._replays:
             super().look(F.pad(tokens, (0, 0, 0, 0, 0, self.rows - len(tokens))))
-            try:
-                self._record()
-            except RuntimeError as error:
-                self.fixed, why = False, str(error).partition("\n")[0]
-                warnings.warn(
-                    f"captions take several times as long: no CUDA graph could be recorded ({why})", stacklevel=2
-                )
-        if not self.fixed:
-            super().look(tokens)
-        else:
-            seen, votes = self.decoder.see(tokens)
-            for layer, kept in zip(self._layers, self._seen, strict=True):
-                for place, values in zip(kept, self._keys_and_values(layer.crossattention.self, seen), strict=True):
-                    place[: self._count] = values
-            if self._votes is not None and votes is not None:
-                self._votes[: self._count] = votes
-        self.length = 0
+            self._logits = self._step(self._pieces, 0)
+            self._replays = self._recorded()
+            return
+        seen, votes = self.decoder.see(tokens)
+        for layer, kept in zip(self._layers, self._seen, strict=True):
+            for place, values in zip(kept, self._keys_and_values(layer.crossattention.self, seen), strict=True):
+                place[: self._count] = values
+        if self._votes is not None and votes is not None:
+            self._votes[: self._count] = votes
 
     def logits(self, pieces: Tensor) -> Tensor:
         """As `Steps.logits`; the answer of one call is gone with the next one."""
-        if not self.fixed:
-            return super().logits(pieces)
         for half, its in enumerate(pieces.chunk(1 + self.guided)):
             self._pieces[half * self.rows : half * self.rows + self._count] = its
-        self._graphs[self.length].replay()
+        self._replays[self.length]()
         self.length += 1
         if not self.guided:
             return self._logits[: self._count]
         return torch.cat([half[: self._count] for half in self._logits.chunk(2)])
 
     def keep(self, rows: Tensor) -> None:
-        """As `Steps.keep`. Raises TypeError where steps are recorded, since such a batch keeps its rows."""
-        if self.fixed:
-            raise TypeError("a batch whose steps are recorded keeps its rows")
-        super().keep(rows)
+        """Raises TypeError: such a batch keeps its rows."""
+        raise TypeError("a batch of fixed places keeps its rows")
 
-    def _record(self) -> None:
-        pool = torch.cuda.graph_pool_handle()
-        self._logits = self._step(self._pieces, 0)
-        for length in range(self.pieces_max):
-            self._step(self._pieces, length)  # libraries prepare themselves for new shapes, which cannot be recorded
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may load the next bundle meanwhile.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                self._logits.copy_(self._step(self._pieces, length))
-            self._graphs.append(graph)
+    def _recorded(self) -> list[Callable[[], object]]:
+        steps = [partial(self._step_in_place, length) for length in range(self.pieces_max)]
+        try:
+            if self._pieces.device.type != "cuda":
+                raise RuntimeError("the decoder is not on a GPU")
+            pool = torch.cuda.graph_pool_handle()
+            return [_recorded(step, pool) for step in steps]
+        except RuntimeError as error:
+            why = str(error).partition("\n")[0]
+            warnings.warn(f"captions take several times as long: no CUDA graph could be recorded ({why})", stacklevel=2)
+            return list(steps)
+
+    def _step_in_place(self, length: int) -> None:
+        self._logits.copy_(self._step(self._pieces, length))
+
+
+def _recorded(step: Callable[[], None], pool: Any) -> Callable[[], object]:
+    """What replays the step."""
+    step()  # libraries prepare themselves for new shapes, which cannot be recorded
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may load the next bundle meanwhile.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        step()
+    return graph.replay

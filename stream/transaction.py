@@ -222,9 +222,8 @@ def _abort(outlet: Outlet, error: BaseException) -> NoReturn:
         outlet.producer.abort_transaction(outlet.attempt_timeout_s)
 
     reason = kafka_error_of(error)
-    if (
-        reason.code() == KafkaError._FATAL
-    ):  # `produce` does not say what it was; a transactional call, which is refused, does
+    if reason.code() == KafkaError._FATAL:
+        # `produce` does not say what it was; a transactional call, which is refused, does.
         try:
             outlet.producer.abort_transaction(outlet.attempt_timeout_s)
         except (KafkaException, KafkaError, SystemError) as told:
