@@ -77,6 +77,8 @@ OPTION_OF = {
 PREFETCH_KB = 32 * 1024
 # … and of small records no more than this many of each partition, which keeps memory flat.
 PREFETCH_MESSAGES = 5000
+# What the broker waits for at the end of a partition before it answers that there is nothing.
+FETCH_WAIT_MS = 100
 RESTORE_AGAIN_AFTER_S = 1.0
 BUNDLES_FOLDER = "bundles"  # in the state directory
 GC_THRESHOLDS = (200_000, 20, 100)
@@ -590,7 +592,7 @@ def _consumer(options: ConsumeOptions, group: str, instance: str, on_statistics:
                 "queued.max.messages.kbytes": PREFETCH_KB,
                 "queued.min.messages": PREFETCH_MESSAGES,
                 "fetch.queue.backoff.ms": 20,  # librdkafka waits a whole second by default once its queue is full
-                "fetch.wait.max.ms": 100,
+                "fetch.wait.max.ms": FETCH_WAIT_MS,
                 "max.poll.interval.ms": int(MAX_POLL_INTERVAL_S * 1000),
             },
             group_id=group,

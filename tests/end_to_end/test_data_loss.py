@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import signal
+import time
 from pathlib import Path
 
 from confluent_kafka import TopicPartition
 
+from stream.consume import FETCH_WAIT_MS
 from stream.kafka import Connection
 from tests.end_to_end.outcome import create_topic, outcome_of, pairs, processed, send
-from tests.end_to_end.worker_process import null_worker, refused, run_command, until, worker
+from tests.end_to_end.worker_process import WorkerProcess, null_worker, refused, run_command, until, worker
 
 
 def delete_before(kafka: Connection, topic: str, offset: int) -> None:
@@ -77,13 +79,22 @@ def test_verify_finds_no_difference_in_a_stream_that_lost_input_and_says_what_it
     assert "nothing differs" in output
 
 
+def freeze(running: WorkerProcess) -> None:
+    """Stops a worker that stands at the end of its topic, once no fetch of its is under way.
+
+    The broker answers a fetch that waits with the first records that come, and these would then not be lost to the worker.
+    """
+    running.process.send_signal(signal.SIGSTOP)
+    time.sleep(10 * FETCH_WAIT_MS / 1000)
+
+
 def test_a_loss_under_a_running_worker_stops_it_too(kafka: Connection, name: str, tmp_path: Path) -> None:
     # given: a worker at the end of its topic, frozen while records come and go
     create_topic(kafka, name, partitions=1)
     send(kafka, name, pairs(50), partitions=1)
     with worker(null_worker(kafka, name, tmp_path / "state"), tmp_path / "log") as running:
         until(lambda: processed(kafka, name), "everything is processed")
-        running.process.send_signal(signal.SIGSTOP)
+        freeze(running)
         send(kafka, name, pairs(50, prefix="more"), partitions=1)
         delete_before(kafka, name, 80)
 
@@ -104,7 +115,7 @@ def test_a_running_worker_passes_over_a_loss_that_is_allowed_and_its_metric_tell
     arguments = [*null_worker(kafka, name, tmp_path / "state"), "--on-data-loss", "continue"]
     with worker(arguments, tmp_path / "log") as running:
         until(lambda: processed(kafka, name), "everything is processed")
-        running.process.send_signal(signal.SIGSTOP)
+        freeze(running)
         send(kafka, name, pairs(50, prefix="more"), partitions=1)
         delete_before(kafka, name, 80)
 
