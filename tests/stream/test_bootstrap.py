@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from confluent_kafka import Producer
 from safetensors.numpy import load, save
 from typer.testing import CliRunner
 
@@ -119,7 +118,7 @@ def bootstrapped_from(kafka: Connection, topic: str, out: Path, *more: str) -> l
 
 def test_a_bundle_is_made_of_the_newest_records_of_a_raw_topic(kafka: Connection, name: str, tmp_path: Path) -> None:
     create_missing(kafka, {name: {}}, 2)
-    producer = Producer({"bootstrap.servers": kafka.bootstrap_servers})
+    producer = kafka.producer()
     pairs = [p for p in first_pairs() if not isinstance(p, BadEntry)]
     for number, pair in enumerate(pairs):
         record: dict[str, object] = {
@@ -139,7 +138,7 @@ def test_a_bundle_is_made_of_a_foreign_topic_by_the_names_that_the_user_gives(
     kafka: Connection, name: str, tmp_path: Path
 ) -> None:
     create_missing(kafka, {name: {}}, 1)
-    producer = Producer({"bootstrap.servers": kafka.bootstrap_servers})
+    producer = kafka.producer()
     for pair in [p for p in first_pairs() if not isinstance(p, BadEntry)]:
         crawled = {"url": pair.id, "alt": pair.caption, "media": {"content": b64encode(pair.image or b"").decode()}}
         producer.produce(name, json.dumps(crawled).encode(), partition=0)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from confluent_kafka import Producer
 from transformers import BertConfig, BertModel
 
 from models.bundle import read_manifest
@@ -47,7 +46,7 @@ def raw(pair_id: str, number: int) -> bytes:
 def topic(kafka: Connection, name: str) -> str:
     """Eight pairs in two partitions, one of them twice, one taken down, and a record that is none."""
     create_missing(kafka, {name: {}}, 2)
-    producer = Producer({"bootstrap.servers": kafka.bootstrap_servers})
+    producer = kafka.producer()
     for number in range(8):
         producer.produce(name, raw(f"p{number}", number), f"p{number}", number % 2)
     producer.produce(name, raw("p0", 1), "p0", 0)
