@@ -1,8 +1,8 @@
 """The stateless loop that `engine.py` measures against: consume, produce every fourth record, commit in transactions.
 
-    python benchmarks/plain_loop.py BOOTSTRAP TOPIC GROUP OUT
+    python benchmarks/plain_loop.py BOOTSTRAP TOPIC GROUP OUT [CONSUMER.SETTING=VALUE]…
 
-It knows no ids, keeps no state and decodes nothing: what a Python consumer and producer can do at most on this machine.
+It knows no ids, keeps no state and decodes nothing: what a Python consumer and producer do as they come.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ COMMIT_INTERVAL_S = 1.0
 
 
 def main() -> None:
-    bootstrap, topic, group, out = sys.argv[1:]
+    bootstrap, topic, group, out, *settings = sys.argv[1:]
     consumer = Consumer(
         {"bootstrap.servers": bootstrap, "group.id": group, "auto.offset.reset": "earliest", "enable.auto.commit": False,
-         "isolation.level": "read_committed"}
+         "isolation.level": "read_committed"} | dict(setting.split("=") for setting in settings)
     )  # fmt: skip
     producer = Producer(
         {"bootstrap.servers": bootstrap, "transactional.id": group, "compression.type": "lz4", "linger.ms": 5}

@@ -255,9 +255,9 @@ class LocalBroker:
 
 
 @contextlib.contextmanager
-def local_broker(data: Path, port: int = 0) -> Iterator[LocalBroker]:
-    """A running broker that stops with the block; its data stays."""
-    broker = LocalBroker(data, port)
+def local_broker(data: Path, port: int = 0, **properties: str) -> Iterator[LocalBroker]:
+    """A running broker that stops with the block; its data stays. properties  more of the server's, _ for each dot."""
+    broker = LocalBroker(data, port, properties={name.replace("_", "."): value for name, value in properties.items()})
     broker.start()
     try:
         yield broker

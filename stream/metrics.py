@@ -60,9 +60,9 @@ class Scores(Collector):
         self._counts = np.zeros(len(SCORE_BUCKETS) + 1, np.int64)
         self._sum = 0.0
 
-    def observe(self, scores: Sequence[float]) -> None:
-        """Counts each score under the first bound that is not below it."""
-        values = np.asarray(scores, np.float64)
+    def observe(self, scores: Sequence[NDArray[np.float32]]) -> None:
+        """Counts each score, an array a batch, under the first bound that is not below it."""
+        values = np.concatenate([*scores, np.zeros(0)])  # in float64, as the last of them
         self._counts += np.bincount(np.searchsorted(SCORE_BUCKETS, values), minlength=len(self._counts))
         self._sum += float(values.sum())
 

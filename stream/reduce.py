@@ -160,9 +160,10 @@ class Effects:
     value_bytes: int = (
         0  # of images, index vectors and dead letters: what a transaction must carry, and memory until then
     )
-    itm_raw: list[float] = field(default_factory=list)
-    itm_kept: list[float] = field(default_factory=list)  # of the original captions of what is kept
-    itm_refined: list[float] = field(default_factory=list)
+    # an array a batch
+    itm_raw: list[NDArray[np.float32]] = field(default_factory=list)
+    itm_kept: list[NDArray[np.float32]] = field(default_factory=list)  # of the original captions of what is kept
+    itm_refined: list[NDArray[np.float32]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
     images: int = 0
     captions: int = 0
@@ -275,7 +276,7 @@ def reduce_batch(
     lap("encode")
     itms = using.model.match(vectors, _of(batch.captions, pairs), pictures)
     out.images += len(pairs)
-    out.itm_raw += itms.tolist()
+    out.itm_raw.append(itms)
     lap("match")
 
     kept = _Kept([], [], [], [], [])
@@ -468,8 +469,8 @@ def _caption(
     ]
     refined_itms = using.model.match(vectors, refined, shown)
     out.captions += len(refined)
-    out.itm_kept += seen[1][kept.pairs].tolist()
-    out.itm_refined += refined_itms.tolist()
+    out.itm_kept.append(seen[1][kept.pairs])
+    out.itm_refined.append(refined_itms)
     names = [batch.names[row] for row in kept.rows]
     images = [fetched[row] if (image := batch.images[row]) is None else image for row in kept.rows]
     out.value_bytes += sum(map(len, images))
