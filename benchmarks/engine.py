@@ -455,7 +455,9 @@ def table(results: Results) -> str:
         "quarter kept, from the first record read to the last one committed. Our engine runs with everything on: pair-codes "
         "with 196 indices, known ids, changelog, Avro, captions, a synced store. Quix Streams and Kafka Streams "
         "(Java, two threads) find the cluster in the record, and pass a kept pair on as it came. Two workers are two "
-        "processes of ours that share the partitions, on the same two cores. All keep exactly the ids of the batch reference.",
+        "processes of ours that share the partitions, on the same two cores. All keep exactly the ids of the batch reference. "
+        "The plain loop has librdkafka's defaults, with which its fetches pause for a second once the client's queue is full; "
+        "the other one does not pause.",
         "",
         f"Between {when[0]} and {when[-1]}; {cpu_name()}, {os.cpu_count()} cores shared by the broker, the "
         f"contender and whatever else ran; CPython {PYTHON}: load average {min(u['load'] for u in units.values()):.1f} to "
