@@ -15,8 +15,8 @@ from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
-from stream.broker_errors import kafka_error_of, lacks_right, says_fenced
-from stream.errors import Fenced, RightLost, Stopped
+from stream.broker_errors import fenced_member, kafka_error_of, lacks_right, says_fenced
+from stream.errors import RightLost, Stopped
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +188,7 @@ class Intake:
         code = error.code()
         where = self.topic if message is None else f"{self.topic}/{message.partition()}"
         if says_fenced(error):
-            raise Fenced(f"another worker uses this instance id ({error.str()}): give each its own --instance-id")
+            raise fenced_member(error)
         if code in _GONE:
             raise Stopped(f"{where} is gone ({error.str()}): it was deleted or recreated; use another --stream")
         if lacks_right(error):

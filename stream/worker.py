@@ -27,11 +27,11 @@ from state.changelog import Totals
 from state.partition import Fate, Partition
 from stream.allocator import give_back
 from stream.assignment import Assignment, Restore
-from stream.broker_errors import refuses_entry, says_fenced
+from stream.broker_errors import fenced_member, refuses_entry, says_fenced
 from stream.bundle_switch import BundleSwitch
 from stream.dead_share import DeadShare
 from stream.drift_watch import DriftWatch, watched
-from stream.errors import Fenced, Stopped, TldrError, Unavailable
+from stream.errors import Stopped, TldrError, Unavailable
 from stream.intake import Intake
 from stream.logs import at, offsets_of, place
 from stream.metrics import Metrics
@@ -629,9 +629,7 @@ class Worker:
     def on_error(self, error: KafkaError) -> None:
         """Broker trouble, said when it comes and now and then; the clients go on trying by themselves."""
         if says_fenced(error):
-            self._trouble = Fenced(
-                f"another worker uses this instance id ({error.str()}): give each its own --instance-id"
-            )
+            self._trouble = fenced_member(error)
             return
         if refuses_entry(error) and (self._knocking is None or self._knocking.done()):
             self._knocking = self._knock_thread.submit(self._knock, KNOCK_AFTER_S)

@@ -17,6 +17,7 @@ from state.partition import Partition
 from state.partition_store import PartitionStore
 from state.quota import Ratio
 from state.settings import StreamSettings
+from stream.broker_errors import fenced_member
 from stream.consume import _producer
 from stream.errors import Fenced, Stopped, TldrError
 from stream.kafka import Connection
@@ -192,6 +193,14 @@ def test_a_fenced_worker_leaves_and_its_store_is_untouched(worker: Worker, call:
         worker.commit()
 
     assert worker.stored is None
+
+
+def test_a_member_that_is_fenced_is_told_of_both_causes_and_what_to_do() -> None:
+    told = str(fenced_member(KafkaError(KafkaError.FENCED_INSTANCE_ID)))
+
+    assert "another worker uses this instance id" in told and "give each its own --instance-id" in told
+    assert "brokers were away for longer than the session time-out" in told and "started again" in told
+    assert "\n" not in told
 
 
 def test_an_abort_that_the_broker_has_made_by_itself_meanwhile_is_not_taken_for_a_successor(worker: Worker) -> None:
