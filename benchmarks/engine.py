@@ -66,11 +66,11 @@ UNIT_TIMEOUT_S = 600.0
 GROWN = (100_000, 10_000_000)  # pairs in the stores
 TWO = "ours, two workers"
 # As it comes, librdkafka pauses a fetch for a second once the client's queue is full, and the same loop does between 190,000
-# and 560,000 small records a second, by luck: it and ours beside it take more rounds. The other loop does not pause.
-PLAIN, TUNED = "plain loop", "plain loop, no pauses"
+# and 560,000 small records a second, by luck: it and ours beside it take more rounds.
+PLAIN, TUNED, TWO_PLAIN = PLAINS = ("plain loop", "plain loop, no pauses", "plain loop, two of it")
 ROUNDS = 3
 MORE_ROUNDS = {("400 B", "ours"): 7, ("400 B", TWO): 7, ("400 B", PLAIN): 7}
-CONTENDERS = ("ours", TWO, "quix, documented", "quix, by hand", "kafka streams", PLAIN, TUNED)
+CONTENDERS = ("ours", TWO, "quix, documented", "quix, by hand", "kafka streams", *PLAINS)
 
 
 @dataclass
@@ -154,7 +154,7 @@ def command_of(
                 *(("--bundle", bundle) if bundle else ("--model", "null")),
                 "--seed", str(SEED), "--ratio", "1/4", "--state-dir", str(folder / "state"),
                 "--metrics-port", "0", "--bootstrap-servers", bootstrap]  # fmt: skip
-    if contender in (PLAIN, TUNED):
+    if contender in PLAINS:
         tuned = ["fetch.queue.backoff.ms=20"] if contender == TUNED else []
         return [sys.executable, str(HERE / "plain_loop.py"), bootstrap, data.topic, group, kept, *tuned]
     if contender == "kafka streams":
@@ -185,6 +185,8 @@ def measure(
         commands = [command_of(contender, kafka, data, group, grown or Path(state), quix, bundle)]
         if contender == TWO:
             commands = [[*commands[0], "--instance-id", name, "--state-dir", f"{state}/{name}"] for name in ("a", "b")]
+        elif contender == TWO_PLAIN:
+            commands *= 2
         logs = [folder / f"{group}-{number}.log" for number in range(len(commands))]
         processes = [started(*each, environment) for each in zip(commands, logs, strict=True)]
         try:
@@ -201,9 +203,7 @@ def measure(
         raise SystemExit(f"{contender} read nothing:\n{texts[0][-3000:]}")
     emitted = kept_ids(kafka, f"{group}.kept-pairs")
     # A cell that has grown is in the middle of a block, of which the reference knows nothing.
-    right = (
-        None if contender in (PLAIN, TUNED) or grown else len(emitted) == len(data.kept) and set(emitted) == data.kept
-    )
+    right = None if contender in PLAINS or grown else len(emitted) == len(data.kept) and set(emitted) == data.kept
     first_at = min(at for at, _ in firsts)
     cpu = sum(cpu_s) - sum(cpu_before for _, cpu_before in firsts)
     delete_topics(kafka)
@@ -457,7 +457,7 @@ def table(results: Results) -> str:
         "(Java, two threads) find the cluster in the record, and pass a kept pair on as it came. Two workers are two "
         "processes of ours that share the partitions, on the same two cores. All keep exactly the ids of the batch reference. "
         "The plain loop has librdkafka's defaults, with which its fetches pause for a second once the client's queue is full; "
-        "the other one does not pause.",
+        "“no pauses” is the same without them, and “two of it” are two that share the partitions.",
         "",
         f"Between {when[0]} and {when[-1]}; {cpu_name()}, {os.cpu_count()} cores shared by the broker, the "
         f"contender and whatever else ran; CPython {PYTHON}: load average {min(u['load'] for u in units.values()):.1f} to "

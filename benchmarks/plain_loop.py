@@ -7,6 +7,7 @@ It knows no ids, keeps no state and decodes nothing: what a Python consumer and 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
@@ -22,7 +23,12 @@ def main() -> None:
          "isolation.level": "read_committed"} | dict(setting.split("=") for setting in settings)
     )  # fmt: skip
     producer = Producer(
-        {"bootstrap.servers": bootstrap, "transactional.id": group, "compression.type": "lz4", "linger.ms": 5}
+        {
+            "bootstrap.servers": bootstrap,
+            "transactional.id": f"{group}-{os.getpid()}",
+            "compression.type": "lz4",
+            "linger.ms": 5,
+        }
     )
     producer.init_transactions()
     consumer.subscribe([topic])
